@@ -1,0 +1,3 @@
+module github.com/cowdev/cowdev
+
+go 1.25.0

@@ -1,0 +1,39 @@
+package disk
+
+// A File is a store's file, or block device. Methods may be called at once by
+// several goroutines. ReadAt follows io.ReaderAt (io.EOF at the end); holes
+// and what was never written read as zeros.
+type File interface {
+	ReadAt(p []byte, off int64) (int, error)
+
+	// WriteAt writes all of p, at any offset, or returns an error. What it
+	// wrote is seen by ReadAt at once and durable after the next Sync that
+	// begins after it returned.
+	WriteAt(p []byte, off int64) (int, error)
+
+	// WriteSync is WriteAt whose bytes are durable when it returns nil. It
+	// says nothing of other writes. After an error the bytes may be there,
+	// wholly, in part or not at all, now or later.
+	WriteSync(p []byte, off int64) error
+
+	// Sync makes everything durable whose WriteAt, PunchHole or Truncate
+	// returned before Sync was called (fdatasync). After an error nothing is
+	// known of any of it.
+	Sync() error
+
+	// PunchHole makes [off, off+n) read as zeros and gives the space back
+	// where the file can.
+	PunchHole(off, n int64) error
+
+	// Truncate sets the size.
+	Truncate(size int64) error
+
+	// Size returns the file's size in bytes.
+	Size() (int64, error)
+
+	// NextData returns the first offset at or after off that may hold
+	// something but zeros, or the file's size.
+	NextData(off int64) (int64, error)
+
+	Close() error
+}
