@@ -1,0 +1,2 @@
+// Package nbdserver serves block devices by the NBD protocol.
+package nbdserver
