@@ -1,0 +1,353 @@
+package disk
+
+import (
+	"bufio"
+	"bytes"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"strconv"
+	"strings"
+	"sync/atomic"
+
+	"golang.org/x/sys/unix"
+)
+
+// ErrLocked says that another process, or another opening of the file in this
+// one, holds a lock that excludes ours.
+var ErrLocked = errors.New("locked by another process")
+
+// OS is a regular file or a block device on Linux.
+type OS struct {
+	f       *os.File
+	fd      int
+	device  bool
+	noDsync atomic.Bool // the filesystem knows no data-synchronous write
+}
+
+var _ File = (*OS)(nil)
+
+// OpenOS opens a regular file or a block device; flags are those of
+// os.OpenFile. A file that it creates gets mode 0666 before umask. Anything
+// else (a directory, a pipe) is refused with an error that wraps ErrKind.
+func OpenOS(path string, flags int) (*OS, error) {
+	// O_NONBLOCK: opening a pipe must not wait for its other end.
+	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK, 0o666)
+	if err != nil {
+		return nil, unwrapPath(path, err)
+	}
+	o, err := NewOS(f)
+	if err == nil {
+		err = unix.SetNonblock(o.fd, false)
+	}
+	return o, err
+}
+
+// OpenTemp makes a file without a name in dir, which is gone with its last
+// descriptor.
+func OpenTemp(dir string) (*OS, error) {
+	f, err := os.OpenFile(dir, os.O_RDWR|unix.O_TMPFILE, 0o600)
+	if err == nil {
+		return NewOS(f)
+	}
+	// Not every filesystem has O_TMPFILE.
+	f, err = os.CreateTemp(dir, "cowdev-*")
+	if err != nil {
+		return nil, err
+	}
+	if err := os.Remove(f.Name()); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return NewOS(f)
+}
+
+// ErrKind says that a path is neither a regular file nor a block device.
+var ErrKind = errors.New("not a regular file or block device")
+
+// NewOS makes f, which it then owns, an OS; it closes f if that fails.
+func NewOS(f *os.File) (*OS, error) {
+	info, err := f.Stat()
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	mode := info.Mode()
+	device := mode&fs.ModeDevice != 0 && mode&fs.ModeCharDevice == 0
+	if !mode.IsRegular() && !device {
+		f.Close()
+		return nil, fmt.Errorf("%s is %s: %w", f.Name(), kind(mode), ErrKind)
+	}
+	return &OS{f: f, fd: int(f.Fd()), device: device}, nil
+}
+
+// kind names what mode says of a file that is not usable.
+func kind(mode fs.FileMode) string {
+	switch {
+	case mode.IsDir():
+		return "a directory"
+	case mode&fs.ModeSocket != 0:
+		return "a socket"
+	case mode&fs.ModeNamedPipe != 0:
+		return "a pipe"
+	case mode&fs.ModeCharDevice != 0:
+		return "a character device"
+	}
+	return "of type " + mode.Type().String()
+}
+
+// unwrapPath puts the path first and leaves the system call out.
+func unwrapPath(path string, err error) error {
+	var pe *fs.PathError
+	if errors.As(err, &pe) {
+		err = pe.Err
+	}
+	return fmt.Errorf("%s: %w", path, err)
+}
+
+// File returns the open file, for mappings and file status. It stays o's.
+func (o *OS) File() *os.File { return o.f }
+
+// Name returns the path that o was opened by.
+func (o *OS) Name() string { return o.f.Name() }
+
+// IsDevice reports whether o is a block device.
+func (o *OS) IsDevice() bool { return o.device }
+
+// ReadAt implements File.
+func (o *OS) ReadAt(p []byte, off int64) (int, error) { return o.f.ReadAt(p, off) }
+
+// WriteAt implements File.
+func (o *OS) WriteAt(p []byte, off int64) (int, error) { return o.f.WriteAt(p, off) }
+
+// WriteSync implements File by one pwritev2 with RWF_DSYNC where the
+// filesystem knows it, and else by a write and a sync.
+func (o *OS) WriteSync(p []byte, off int64) error {
+	for len(p) > 0 && !o.noDsync.Load() {
+		n, err := unix.Pwritev2(o.fd, [][]byte{p}, off, unix.RWF_DSYNC)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err == unix.EOPNOTSUPP || err == unix.ENOSYS:
+			o.noDsync.Store(true)
+			continue
+		case err != nil:
+			return o.fail("synchronous write", off, err)
+		case n == 0:
+			return o.fail("synchronous write", off, unix.EIO)
+		}
+		p, off = p[n:], off+int64(n)
+	}
+	if len(p) == 0 {
+		return nil
+	}
+	if _, err := o.WriteAt(p, off); err != nil {
+		return err
+	}
+	return o.Sync()
+}
+
+// Sync implements File.
+func (o *OS) Sync() error {
+	if err := retry(func() error { return unix.Fdatasync(o.fd) }); err != nil {
+		return fmt.Errorf("%s: sync: %w", o.Name(), err)
+	}
+	return nil
+}
+
+// PunchHole implements File. On a block device the range is zeroed, never
+// discarded: what a discarded range reads as is the device's affair.
+func (o *OS) PunchHole(off, n int64) error {
+	if n <= 0 {
+		return nil
+	}
+	var err error
+	if o.device {
+		arg := [2]uint64{uint64(off), uint64(n)}
+		err = retry(func() error { return ioctl(o.fd, unix.BLKZEROOUT, &arg) })
+	} else {
+		const mode = unix.FALLOC_FL_PUNCH_HOLE | unix.FALLOC_FL_KEEP_SIZE
+		err = retry(func() error { return unix.Fallocate(o.fd, mode, off, n) })
+	}
+	switch err {
+	case nil:
+		return nil
+	case unix.EOPNOTSUPP, unix.ENOSYS, unix.EINVAL: // EINVAL: a range that is not whole sectors
+		return o.writeZeros(off, n)
+	}
+	return o.fail("punch hole", off, err)
+}
+
+var zeros [64 << 10]byte
+
+// writeZeros writes zeros into the part of [off, off+n) that exists.
+func (o *OS) writeZeros(off, n int64) error {
+	size, err := o.Size()
+	if err != nil {
+		return err
+	}
+	for n = min(n, size-off); n > 0; {
+		k, err := o.WriteAt(zeros[:min(n, int64(len(zeros)))], off)
+		if err != nil {
+			return err
+		}
+		off, n = off+int64(k), n-int64(k)
+	}
+	return nil
+}
+
+// Truncate implements File. A block device keeps its size and only refuses
+// one that it does not have.
+func (o *OS) Truncate(size int64) error {
+	if !o.device {
+		return o.f.Truncate(size)
+	}
+	have, err := o.Size()
+	if err == nil && size > have {
+		err = fmt.Errorf("%s: needs %d bytes, the device has %d: %w", o.Name(), size, have, unix.ENOSPC)
+	}
+	return err
+}
+
+// Size implements File.
+func (o *OS) Size() (int64, error) {
+	if o.device {
+		var size uint64
+		if err := ioctl(o.fd, unix.BLKGETSIZE64, &size); err != nil {
+			return 0, fmt.Errorf("%s: size of the device: %w", o.Name(), err)
+		}
+		return int64(size), nil
+	}
+	info, err := o.f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	return info.Size(), nil
+}
+
+// NextData implements File. Where holes are not told (a block device, some
+// filesystems) every byte may be data.
+func (o *OS) NextData(off int64) (int64, error) {
+	size, err := o.Size()
+	if err != nil || off >= size {
+		return size, err
+	}
+	return o.seek(off, unix.SEEK_DATA, size, off)
+}
+
+// NextHole returns the first offset at or after off where a hole begins, or
+// the file's size.
+func (o *OS) NextHole(off int64) (int64, error) {
+	size, err := o.Size()
+	if err != nil || off >= size {
+		return size, err
+	}
+	return o.seek(off, unix.SEEK_HOLE, size, size)
+}
+
+// seek asks for the next data or hole, and returns unknown where holes are
+// not told.
+func (o *OS) seek(off int64, whence int, size, unknown int64) (int64, error) {
+	if o.device {
+		return unknown, nil
+	}
+	at, err := unix.Seek(o.fd, off, whence)
+	switch err {
+	case nil:
+		return at, nil
+	case unix.ENXIO: // nothing more of the kind
+		return size, nil
+	case unix.EINVAL, unix.EOPNOTSUPP, unix.ENOSYS:
+		return unknown, nil
+	}
+	return 0, o.fail("look for data", off, err)
+}
+
+// Lock takes a flock, shared or exclusive, without waiting; one that o holds
+// already is changed. The error wraps ErrLocked and names the holder where
+// /proc/locks tells. Closing o gives the lock up.
+func (o *OS) Lock(shared bool) error {
+	how, access := unix.LOCK_EX, "exclusive"
+	if shared {
+		how, access = unix.LOCK_SH, "shared"
+	}
+	err := retry(func() error { return unix.Flock(o.fd, how|unix.LOCK_NB) })
+	if err == unix.EWOULDBLOCK {
+		return fmt.Errorf("%s: %s lock: %w%s", o.Name(), access, ErrLocked, describe(o.Holders()))
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %s lock: %w", o.Name(), access, err)
+	}
+	return nil
+}
+
+// Unlock gives up the lock that o holds.
+func (o *OS) Unlock() error { return retry(func() error { return unix.Flock(o.fd, unix.LOCK_UN) }) }
+
+// Holders returns the processes that hold a flock on the file, as far as
+// /proc/locks tells; with several openings a process is named once.
+func (o *OS) Holders() []int {
+	var st unix.Stat_t
+	if unix.Fstat(o.fd, &st) != nil {
+		return nil
+	}
+	locks, err := os.ReadFile("/proc/locks")
+	if err != nil {
+		return nil
+	}
+	return holders(locks, st.Ino)
+}
+
+// holders reads lines such as "1: FLOCK  ADVISORY  WRITE 812 fe:00:4711 0 EOF".
+// Only the inode is compared: the device told there is not the one of stat on
+// some filesystems (btrfs, overlayfs).
+func holders(locks []byte, inode uint64) []int {
+	var pids []int
+	seen := make(map[int]bool)
+	for lines := bufio.NewScanner(bytes.NewReader(locks)); lines.Scan(); {
+		f := strings.Fields(lines.Text())
+		if len(f) != 8 || f[1] != "FLOCK" {
+			continue
+		}
+		at := strings.Split(f[5], ":")
+		pid, err := strconv.Atoi(f[4])
+		if err != nil || pid <= 0 || seen[pid] || at[len(at)-1] != strconv.FormatUint(inode, 10) {
+			continue
+		}
+		seen[pid] = true
+		pids = append(pids, pid)
+	}
+	return pids
+}
+
+// describe names processes for a message, with a leading blank.
+func describe(pids []int) string {
+	var b strings.Builder
+	for i, pid := range pids {
+		if i > 0 {
+			b.WriteString(",")
+		}
+		fmt.Fprintf(&b, " pid %d", pid)
+		if comm, err := os.ReadFile(fmt.Sprintf("/proc/%d/comm", pid)); err == nil {
+			fmt.Fprintf(&b, " (%s)", bytes.TrimSpace(comm))
+		}
+	}
+	return b.String()
+}
+
+// Close implements File.
+func (o *OS) Close() error { return o.f.Close() }
+
+func (o *OS) fail(what string, off int64, err error) error {
+	return fmt.Errorf("%s: %s at %d: %w", o.Name(), what, off, err)
+}
+
+// retry calls f again as long as a signal interrupts it.
+func retry(f func() error) error {
+	for {
+		if err := f(); err != unix.EINTR {
+			return err
+		}
+	}
+}
