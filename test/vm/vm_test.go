@@ -1,0 +1,53 @@
+package vm
+
+import (
+	"context"
+	"errors"
+	"testing"
+	"time"
+)
+
+// Limits of a guest's life. A machine on which the kernel does not come up in
+// bootLimit is too slow to say anything by it.
+const (
+	bootLimit  = 150 * time.Second
+	guestLimit = 240 * time.Second
+)
+
+// boot starts a guest and waits until its script runs. It skips the test, by
+// name, where the machine cannot make a guest or is too slow for one.
+func boot(t *testing.T, ctx context.Context, o Options) *Machine {
+	t.Helper()
+	img, err := Prepare(ctx)
+	if errors.Is(err, ErrUnavailable) {
+		t.Skipf("%v", err)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	o.Dir = t.TempDir()
+	m, err := img.Boot(ctx, o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(m.Cut)
+	if !m.WaitReady(bootLimit) {
+		m.Cut()
+		t.Skipf("machine too slow to boot a guest: not up after %v; console:\n%s", bootLimit, m.Console())
+	}
+	return m
+}
+
+// A guest comes up, sees its files and its disks, and gives its script's
+// output and status.
+func TestBoot(t *testing.T) {
+	ctx, cancel := context.WithTimeout(context.Background(), guestLimit)
+	defer cancel()
+	m := boot(t, ctx, Options{
+		Script: "uname -sr; modprobe nbd; ls /sys/class/block; free -m; exit 3",
+		Line:   func(line string) { t.Log(line) },
+	})
+	if status, err := m.Wait(); status != 3 || err != nil {
+		t.Fatalf("status %d, %v, expected 3\n%s", status, err, m.Console())
+	}
+}
