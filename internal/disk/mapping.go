@@ -18,6 +18,10 @@ const (
 
 	// proofAge is how long a page counts as readable after it was seen to be.
 	proofAge = time.Second
+
+	// beyond is how many pages after a file's end none is in memory: more than
+	// the largest folio (2 MiB, or 4 MiB) has, since one may span the end.
+	beyond = 16 << 20 >> pageShift
 )
 
 // A Mapping is a file's bytes where the page cache keeps them, for replies
@@ -49,8 +53,8 @@ func NewMapping(f *os.File, size int64) (*Mapping, error) {
 	if size <= 0 {
 		return nil, fmt.Errorf("map %s: size of %d bytes, expected at least 1", f.Name(), size)
 	}
-	// One page more than asked for, to put the kernel to the proof (tells).
-	pages := (size+pageSize-1)>>pageShift + 1
+	// More pages than asked for, to put the kernel to the proof with the last.
+	pages := (size+pageSize-1)>>pageShift + beyond
 	data, err := unix.Mmap(int(f.Fd()), 0, int(pages<<pageShift), unix.PROT_READ, unix.MAP_SHARED)
 	if err != nil {
 		return nil, fmt.Errorf("map %s: %w", f.Name(), err)
@@ -107,6 +111,21 @@ func (m *Mapping) Prove(off, n int64) {
 	for w := first / wordPages; w <= (end-1)/wordPages; w++ {
 		m.note(w, wordMask(w, first, end-1))
 	}
+}
+
+// Cached reports whether any byte of [off, off+n) is in memory now, or might
+// be where the kernel does not tell.
+func (m *Mapping) Cached(off, n int64) bool {
+	if !m.asks {
+		return true
+	}
+	first, last := off>>pageShift, (off+n-1)>>pageShift
+	for w := first / wordPages; w <= last/wordPages; w++ {
+		if m.resident(w)&wordMask(w, first, last) != 0 {
+			return true
+		}
+	}
+	return false
 }
 
 // Close unmaps the file. Nobody may look at a piece any more, nor ask for one.
@@ -171,7 +190,7 @@ func (m *Mapping) resident(w int64) uint64 {
 
 // tells reports whether the kernel says the truth about the pages of this
 // file: to who neither owns it nor may write it, it calls every page resident,
-// even one that lies beyond the file's end, as the last one of the mapping.
+// even one far beyond the file's end, as the last one of the mapping is.
 func (m *Mapping) tells(page int64) bool {
 	return m.resident(page/wordPages)>>(page%wordPages)&1 == 0
 }
