@@ -59,22 +59,26 @@ func cut(pending []change, rng *rand.Rand, t *pages, size *int64) {
 // Kill ends the process that uses the file: every later operation of f returns
 // ErrClosed, one that is under way does no more, and the file that a new
 // process finds is returned: the page cache as it was, un-synced changes still
-// pending. It takes up a closed file too.
-func (f *File) Kill() *File {
+// pending. It takes up a closed file too. If also is not nil, it is called at
+// that moment: no operation takes effect meanwhile.
+func (f *File) Kill(also func()) *File {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.closed = true
-	return f.copy()
+	return f.copy(also)
 }
 
 // Fork returns what Kill would, and f goes on.
-func (f *File) Fork() *File {
+func (f *File) Fork(also func()) *File {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	return f.copy()
+	return f.copy(also)
 }
 
-func (f *File) copy() *File {
+func (f *File) copy(also func()) *File {
+	if also != nil {
+		also()
+	}
 	return &File{
 		rng:      rand.New(rand.NewPCG(f.lastSeq, f.ops)),
 		view:     f.view.clone(),

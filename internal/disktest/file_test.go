@@ -301,7 +301,7 @@ func TestFailedSync(t *testing.T) {
 func TestKill(t *testing.T) {
 	f := FromBytes(1, sectors(2, 'a'))
 	write(t, f, 0, sectors(1, 'b'))
-	g := f.Kill()
+	g := f.Kill(nil)
 	if _, err := f.WriteAt(sectors(1, 'c'), 0); !errors.Is(err, ErrClosed) {
 		t.Fatalf("write by a dead process: %v", err)
 	}
@@ -319,7 +319,7 @@ func TestKillUnderWay(t *testing.T) {
 	var g *File
 	f.OnStep = func(_ Op, p Phase) {
 		if p == Half {
-			g = f.Kill()
+			g = f.Kill(nil)
 		}
 	}
 	if _, err := f.WriteAt(sectors(2, 'b'), 0); !errors.Is(err, ErrClosed) {
@@ -388,7 +388,7 @@ func TestSameSeedSameState(t *testing.T) {
 // another's bytes.
 func TestCopiesAreApart(t *testing.T) {
 	f := FromBytes(1, sectors(8, 'a'))
-	c, k := f.Crash(rng(1)), f.Fork()
+	c, k := f.Crash(rng(1)), f.Fork(nil)
 	write(t, f, 0, sectors(1, 'f'))
 	write(t, c, 0, sectors(1, 'c'))
 	write(t, k, 0, sectors(1, 'k'))
