@@ -107,15 +107,20 @@ type Span struct {
 	Pos   int64 // bytes from the request's beginning
 }
 
+// SpanAt returns the first span of [off, off+n), which lies inside the device
+// and is not empty; pos is what the span's Pos shall be.
+func (g Geometry) SpanAt(off, n, pos int64) Span {
+	size := int64(g.ChunkSize)
+	in := off & (size - 1)
+	return Span{Chunk: Chunk(off / size), Off: int(in), N: int(min(size-in, n)), Pos: pos}
+}
+
 // Spans cuts [off, off+n), which lies inside the device, into one span a
 // chunk, in order.
 func (g Geometry) Spans(off, n int64) iter.Seq[Span] {
 	return func(yield func(Span) bool) {
-		size := int64(g.ChunkSize)
 		for pos := int64(0); pos < n; {
-			at := off + pos
-			in := at % size
-			s := Span{Chunk: Chunk(at / size), Off: int(in), N: int(min(size-in, n-pos)), Pos: pos}
+			s := g.SpanAt(off+pos, n-pos, pos)
 			if !yield(s) {
 				return
 			}

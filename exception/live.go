@@ -1,0 +1,335 @@
+package exception
+
+import (
+	"iter"
+	"sync"
+	"sync/atomic"
+	"unsafe"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/cowdev/cowdev/block"
+)
+
+// A Memory keeps the live table: what readers see. It may outlive the process,
+// so that the next one finds every acknowledged write (R4).
+type Memory interface {
+	// Attach returns n bytes for the store u: those that an earlier process
+	// left, or zeros.
+	Attach(u UUID, n int64) (Area, error)
+}
+
+// An Area is the memory of one live table.
+type Area interface {
+	// Bytes returns the memory. Only reserved parts may be written.
+	Bytes() []byte
+
+	// Reserve makes the page that holds byte off safe to write. It may be
+	// called by several goroutines.
+	Reserve(off int64) error
+
+	// Reserved reports whether Reserve was called for the page of off, by
+	// this process or one before.
+	Reserved(off int64) bool
+
+	// Lasting reports whether the memory is found again after the death of
+	// the process.
+	Lasting() bool
+
+	// Release ends the use of the memory, and forgets its contents unless
+	// keep is set.
+	Release(keep bool) error
+}
+
+// Heap is a Memory that dies with the process.
+type Heap struct{}
+
+// Attach returns n zeros.
+func (Heap) Attach(_ UUID, n int64) (Area, error) {
+	b, err := zeroed(n)
+	return &heapArea{bytes: b, reserved: newPageSet(n)}, err
+}
+
+type heapArea struct {
+	bytes    []byte
+	reserved pageSet
+}
+
+func (a *heapArea) Bytes() []byte           { return a.bytes }
+func (a *heapArea) Reserve(off int64) error { a.reserved.add(off); return nil }
+func (a *heapArea) Reserved(off int64) bool { return a.reserved.has(off) }
+func (a *heapArea) Lasting() bool           { return false }
+func (a *heapArea) Release(bool) error      { return free(a.bytes) }
+
+// pageSet is a set of pages of a memory, that grows while it is asked.
+type pageSet words
+
+func newPageSet(n int64) pageSet { return make(pageSet, n/pageSize/64+1) }
+
+func (s pageSet) add(off int64)      { s[off/pageSize/64].Or(1 << (off / pageSize % 64)) }
+func (s pageSet) has(off int64) bool { return s[off/pageSize/64].Load()>>(off/pageSize%64)&1 != 0 }
+
+// mappedFrom is the size from which memory is mapped rather than allocated, so
+// that what is never touched costs nothing.
+const mappedFrom = 1 << 20
+
+func zeroed(n int64) ([]byte, error) {
+	if n < mappedFrom {
+		return make([]byte, n), nil
+	}
+	return unix.Mmap(-1, 0, int(n), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+}
+
+func free(b []byte) error {
+	if len(b) < mappedFrom {
+		return nil
+	}
+	return unix.Munmap(b)
+}
+
+// words is a table of 64-bit words, one a chunk.
+type words []atomic.Uint64
+
+func asWords(b []byte) words {
+	if len(b) < 8 {
+		return nil
+	}
+	return unsafe.Slice((*atomic.Uint64)(unsafe.Pointer(unsafe.SliceData(b))), len(b)/8)
+}
+
+// The live memory begins with a page that says whose it is; the entries
+// follow, eight bytes a chunk.
+const (
+	areaMagic = 0x65766c5665764977
+	areaHead  = pageSize
+)
+
+// words of the head page of the live memory.
+const (
+	headMagic = iota
+	headEpoch
+	headValid // stateValid once recovery has finished
+	headUUID  // two words
+)
+
+// values of headValid.
+const (
+	stateValid  = 1
+	stateBroken = 2
+)
+
+// live is the live table and, a word for each chunk beside it, what its
+// writers and the committer need to know.
+type live struct {
+	area    Area
+	head    words
+	entries words
+
+	chunks   words // dirty mask, flags: below
+	chunkMem []byte
+
+	wait [64]stripe
+
+	mu    sync.Mutex
+	dirty []block.Chunk // every chunk with flagQueued that is not in taken
+	taken []block.Chunk // those whose snapshot is being taken
+}
+
+type stripe struct {
+	mu   sync.Mutex
+	cond sync.Cond
+}
+
+// A chunk's word: the blocks written since the last snapshot in the lowest 16
+// bits, and flags.
+const (
+	dirtyBits   = 1<<block.BlocksPerChunk - 1
+	flagQueued  = 1 << 16 // in live.dirty: something changed since the last snapshot
+	flagClaimed = 1 << 17
+	flagWaiting = 1 << 18 // somebody waits for the claim
+)
+
+func newLive(m Memory, u UUID, chunks int64) (*live, error) {
+	area, err := m.Attach(u, areaHead+chunks*8)
+	if err != nil {
+		return nil, err
+	}
+	mem, err := zeroed(chunks * 8)
+	if err != nil {
+		return nil, err
+	}
+	l := &live{
+		area: area, head: asWords(area.Bytes()[:areaHead]), entries: asWords(area.Bytes()[areaHead:]),
+		chunks: asWords(mem), chunkMem: mem,
+	}
+	for i := range l.wait {
+		l.wait[i].cond.L = &l.wait[i].mu
+	}
+	return l, nil
+}
+
+// valid reports whether the memory was left by a process that served the
+// session epoch of store u, and had finished its recovery.
+func (l *live) valid(u UUID, epoch uint64) bool {
+	return l.head[headMagic].Load() == areaMagic && l.head[headValid].Load() == stateValid &&
+		l.head[headEpoch].Load() == epoch && l.isOf(u)
+}
+
+// setValid marks the memory as that of the session epoch of store u.
+func (l *live) setValid(u UUID, epoch uint64) error {
+	if err := l.area.Reserve(0); err != nil {
+		return err
+	}
+	l.head[headEpoch].Store(epoch)
+	l.head[headUUID].Store(le.Uint64(u[:]))
+	l.head[headUUID+1].Store(le.Uint64(u[8:]))
+	l.head[headMagic].Store(areaMagic)
+	l.head[headValid].Store(stateValid)
+	return nil
+}
+
+// invalidate makes sure that nobody adopts the memory.
+func (l *live) invalidate() {
+	if l.area.Reserved(0) {
+		l.head[headValid].Store(0)
+	}
+}
+
+// setBroken leaves word that a sync failed: nobody adopts the memory, and who
+// opens the store in this boot does not trust cached pages (R26).
+func (l *live) setBroken() {
+	if l.area.Reserved(0) {
+		l.head[headValid].Store(stateBroken)
+	}
+}
+
+// wasBroken reports whether the memory was left by a process whose store u
+// was broken.
+func (l *live) wasBroken(u UUID) bool {
+	return l.head[headMagic].Load() == areaMagic && l.head[headValid].Load() == stateBroken && l.isOf(u)
+}
+
+func (l *live) isOf(u UUID) bool {
+	return l.head[headUUID].Load() == le.Uint64(u[:]) && l.head[headUUID+1].Load() == le.Uint64(u[8:])
+}
+
+// forget makes the table empty again: what an earlier process left is not
+// adopted.
+func (l *live) forget() {
+	l.invalidate()
+	for c := range l.from(0) {
+		l.set(c, 0)
+	}
+}
+
+// entriesPerPage is the number of live entries in a page of memory.
+const entriesPerPage = pageSize / 8
+
+func (l *live) release(keep bool) error {
+	free(l.chunkMem)
+	return l.area.Release(keep)
+}
+
+// from yields the entries that are not zero, from chunk c on, in order.
+func (l *live) from(c block.Chunk) iter.Seq2[block.Chunk, Entry] {
+	return func(yield func(block.Chunk, Entry) bool) {
+		for i := int(c); i < len(l.entries); {
+			if !l.area.Reserved(int64(areaHead + i*8)) {
+				i = (i/entriesPerPage + 1) * entriesPerPage
+				continue
+			}
+			if e := Entry(l.entries[i].Load()); e != 0 && !yield(block.Chunk(i), e) {
+				return
+			}
+			i++
+		}
+	}
+}
+
+func (l *live) load(c block.Chunk) Entry { return Entry(l.entries[c].Load()) }
+
+// reserve makes the entry of c safe to set.
+func (l *live) reserve(c block.Chunk) error {
+	return l.area.Reserve(areaHead + int64(c)*8)
+}
+
+func (l *live) set(c block.Chunk, e Entry) { l.entries[c].Store(uint64(e)) }
+
+// claim waits until nobody else holds the claim of chunk c, and takes it.
+func (l *live) claim(c block.Chunk) {
+	w := &l.chunks[c]
+	for {
+		v := w.Load()
+		if v&flagClaimed == 0 {
+			if w.CompareAndSwap(v, v|flagClaimed) {
+				return
+			}
+			continue
+		}
+		s := &l.wait[c%block.Chunk(len(l.wait))]
+		s.mu.Lock()
+		if v = w.Load(); v&flagClaimed != 0 && w.CompareAndSwap(v, v|flagWaiting) {
+			s.cond.Wait()
+		}
+		s.mu.Unlock()
+	}
+}
+
+func (l *live) unclaim(c block.Chunk) {
+	w := &l.chunks[c]
+	for {
+		v := w.Load()
+		if !w.CompareAndSwap(v, v&^(flagClaimed|flagWaiting)) {
+			continue
+		}
+		if v&flagWaiting != 0 {
+			s := &l.wait[c%block.Chunk(len(l.wait))]
+			s.mu.Lock()
+			s.cond.Broadcast()
+			s.mu.Unlock()
+		}
+		return
+	}
+}
+
+// mark notes that blocks of chunk c changed, or (m is 0) only its mapping. The
+// caller has written the data and set the entry, and has not replied yet (R2).
+func (l *live) mark(c block.Chunk, m block.Mask) {
+	old := l.chunks[c].Or(uint64(m) | flagQueued)
+	if old&flagQueued != 0 {
+		return
+	}
+	l.mu.Lock()
+	l.dirty = append(l.dirty, c)
+	l.mu.Unlock()
+}
+
+// takeDirty returns the chunks that changed since it was last called. Each
+// still has its marks: unmark takes them.
+func (l *live) takeDirty() []block.Chunk {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.taken, l.dirty = l.dirty, nil
+	return l.taken
+}
+
+// snapshotTaken ends what takeDirty began.
+func (l *live) snapshotTaken() {
+	l.mu.Lock()
+	l.taken = nil
+	l.mu.Unlock()
+}
+
+// isDirty reports whether anything changed since the last takeDirty.
+func (l *live) isDirty() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return len(l.dirty) > 0
+}
+
+// unmark clears the marks of chunk c and returns the blocks written since they
+// were last cleared. An entry that is loaded after it is at least as new as
+// the marks.
+func (l *live) unmark(c block.Chunk) block.Mask {
+	return block.Mask(l.chunks[c].And(^uint64(dirtyBits|flagQueued)) & dirtyBits)
+}

@@ -1,0 +1,459 @@
+package exception
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/internal/disk"
+)
+
+// Open opens the store in f and owns f from then on, also when it fails. It
+// changes nothing in the file (6); recovery after a crash is worked out in
+// memory and written before the session's first change.
+//
+// Its error wraps ErrNotStore, ErrVersion or ErrCorrupt where the file is at
+// fault.
+func Open(f disk.File, o Options) (*Store, error) {
+	s, err := open(f, o)
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return s, nil
+}
+
+func open(f disk.File, o Options) (*Store, error) {
+	h, _, err := readSuper(f)
+	if err != nil {
+		return nil, err
+	}
+	if !o.ReadOnly && h.roCompat&^knownROCompat != 0 {
+		return nil, fmt.Errorf("%w: feature %#x, it can be opened read-only", ErrVersion, h.roCompat&^knownROCompat)
+	}
+	if o.Memory == nil || o.ReadOnly {
+		o.Memory = Heap{}
+	}
+	s := newStore(f, h, o)
+	if s.live, err = newLive(o.Memory, h.UUID, h.Chunks()); err != nil {
+		return nil, fmt.Errorf("memory for %d chunks: %w", h.Chunks(), err)
+	}
+	if err := s.load(); err != nil {
+		s.live.release(true)
+		if s.comMem != nil {
+			free(s.comMem)
+		}
+		return nil, err
+	}
+	if o.Interval > 0 && !o.ReadOnly {
+		s.stop = make(chan struct{})
+		s.ticker.Add(1)
+		go s.tick()
+	}
+	return s, nil
+}
+
+func newStore(f disk.File, h *Header, o Options) *Store {
+	s := &Store{file: f, opts: o, geo: h.Geometry, shape: *h, header: *h, slotsOff: h.slotsOff(), logf: o.Log}
+	if s.logf == nil {
+		s.logf = func(string, ...any) {}
+	}
+	s.commits.cond.L = &s.commits.mu
+	s.readers.epoch.Store(1)
+	s.table.allocated = make(map[int64]bool)
+	s.table.dirty = make(map[int64]bool)
+	return s
+}
+
+// tick commits what nobody flushed.
+func (s *Store) tick() {
+	defer s.ticker.Done()
+	t := time.NewTicker(s.opts.Interval)
+	defer t.Stop()
+	for {
+		select {
+		case <-s.stop:
+			return
+		case <-t.C:
+			if s.started.Load() && (s.live.isDirty() || s.slots.waiting()) {
+				s.Flush()
+			}
+		}
+	}
+}
+
+// superCopy is one of the two superblocks as it was found.
+type superCopy struct {
+	at     int64
+	header *Header
+	err    error
+}
+
+// readSuper returns the newer of the two superblocks, and both as found. One
+// that cannot be read does not matter while the other can (R16).
+func readSuper(f disk.File) (*Header, []superCopy, error) {
+	copies := []superCopy{{at: superA}, {at: superB}}
+	var best *Header
+	for i := range copies {
+		c := &copies[i]
+		p := make([]byte, pageSize)
+		if n, err := f.ReadAt(p, c.at); n < pageSize {
+			if err == nil || err == io.EOF {
+				err = fmt.Errorf("%w: the file ends before %d", ErrNotStore, c.at+pageSize)
+			}
+			c.err = err
+			continue
+		}
+		if c.header, c.err = decodeSuper(p, c.at); c.err == nil && (best == nil || c.header.Generation > best.Generation) {
+			best = c.header
+		}
+	}
+	if best != nil {
+		return best, copies, nil
+	}
+	for _, kind := range []error{ErrVersion, ErrCorrupt, ErrNotStore} {
+		for _, c := range copies {
+			if errors.Is(c.err, kind) {
+				return nil, copies, c.err
+			}
+		}
+	}
+	return nil, copies, copies[0].err
+}
+
+// load fills the live and the committed table from the file's table and log,
+// or takes over what a dead process left.
+func (s *Store) load() error {
+	ld := &loader{s: s, pages: make(map[int64]bool)}
+	s.adopted = !s.opts.ReadOnly && !s.header.Clean && s.live.valid(s.shape.UUID, s.header.epoch)
+	if !s.opts.ReadOnly {
+		if !s.adopted {
+			if s.live.wasBroken(s.shape.UUID) {
+				dropCache(s.file)
+			}
+			s.live.forget()
+		}
+		mem, err := zeroed(s.geo.Chunks() * 8)
+		if err != nil {
+			return err
+		}
+		s.comMem, s.committed = mem, asWords(mem)
+		ld.into = s.committed
+	} else {
+		ld.into = s.live.entries
+	}
+	if err := ld.table(); err != nil {
+		return err
+	}
+	if !s.header.Clean {
+		if err := ld.log(); err != nil {
+			return err
+		}
+	}
+	if !s.opts.ReadOnly && !s.adopted {
+		if err := ld.publish(); err != nil {
+			return err
+		}
+	}
+	return ld.countSlots()
+}
+
+// dropCache makes the file's clean pages be read from the disk again, after a
+// sync that failed (R26).
+func dropCache(f disk.File) {
+	if d, ok := f.(interface{ DropCache() error }); ok {
+		d.DropCache()
+	}
+}
+
+// loader is the state of one load.
+type loader struct {
+	s     *Store
+	into  words
+	pages map[int64]bool // pages of the table that hold, or held, an entry
+}
+
+// put sets the entry of chunk c, which came from what.
+func (ld *loader) put(c block.Chunk, e Entry) {
+	if ld.s.opts.ReadOnly {
+		ld.s.live.reserve(c) // the heap's, which never fails
+	}
+	ld.into[c].Store(uint64(e))
+	ld.pages[int64(c)/pageEntries] = true
+}
+
+// table reads the file's table.
+func (ld *loader) table() error {
+	s := ld.s
+	end := tableOff + s.shape.tableLen()
+	size, err := s.file.Size()
+	if err != nil {
+		return err
+	}
+	buf := make([]byte, 256<<10)
+	for off := int64(tableOff); ; {
+		if off, err = s.file.NextData(off); err != nil {
+			return fmt.Errorf("look for data in the table: %w", err)
+		}
+		off = tableOff + (off-tableOff)/pageSize*pageSize
+		if off >= end || off >= size {
+			return nil
+		}
+		p := buf[:min(int64(len(buf)), end-off)]
+		if n, err := s.file.ReadAt(p, off); n < len(p) {
+			if err != nil && err != io.EOF {
+				return fmt.Errorf("read the table at %d: %w", off, err)
+			}
+			return fmt.Errorf("%w: the file ends at %d, inside the table", ErrCorrupt, off+int64(n))
+		}
+		if err := ld.sectors(p, (off-tableOff)/sectorSize); err != nil {
+			return err
+		}
+		off += int64(len(p))
+	}
+}
+
+// sectors reads whole pages of the table, the first sector of which is number
+// first.
+func (ld *loader) sectors(p []byte, first int64) error {
+	s := ld.s
+	for ; len(p) > 0; p, first = p[sectorSize:], first+1 {
+		if first%(pageSize/sectorSize) == 0 && len(p) >= pageSize {
+			n := first * sectorSize / pageSize
+			if allZero(p[:pageSize]) {
+				p, first = p[pageSize-sectorSize:], first+pageSize/sectorSize-1
+				continue
+			}
+			s.table.allocated[n] = true
+		}
+		var bad error
+		err := decodeSector(p[:sectorSize], s.shape.UUID, first, func(i int, e Entry) {
+			c := block.Chunk(first*sectorEntries + int64(i))
+			if err := e.validate(&s.shape, c); err != nil {
+				bad = fmt.Errorf("%w: table sector %d: %v", ErrCorrupt, first, err)
+				return
+			}
+			ld.put(c, e)
+		})
+		if err == nil {
+			err = bad
+		}
+		if err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// log replays the log: first the final mapping of all chunks, then what inline
+// data is still its block's last mention (R12).
+func (ld *loader) log() error {
+	s := ld.s
+	log, err := readLog(s.file, &s.shape)
+	if err != nil {
+		return err
+	}
+	records, next, err := scanLog(log, &s.shape)
+	if err != nil {
+		return err
+	}
+	o := newOverlay(s.geo.BlockSize())
+	for _, r := range records {
+		if r.flags&flagBarrier != 0 {
+			o.clear()
+		}
+		data := r.data
+		for _, n := range r.runs {
+			for i := range n.count {
+				c := n.chunk + block.Chunk(i)
+				ld.put(c, n.entry)
+				s.table.dirty[int64(c)/pageEntries] = true
+			}
+			data = o.add(n, data)
+		}
+	}
+	s.log.head = next
+	if s.adopted {
+		return nil // the page cache is newer than any record (R4)
+	}
+	o.keep(func(c block.Chunk) block.Mask { return Entry(ld.into[c].Load()).Stored() })
+	if o.len() > 0 {
+		s.replayed.Store(o)
+	}
+	return nil
+}
+
+// readLog returns the log's bytes.
+func readLog(f disk.File, h *Header) ([]byte, error) {
+	log := make([]byte, h.logLen)
+	size, err := f.Size()
+	if err != nil {
+		return nil, err
+	}
+	for off, end := h.logOff(), h.logOff()+h.logLen; ; {
+		if off, err = f.NextData(off); err != nil {
+			return nil, fmt.Errorf("look for data in the log: %w", err)
+		}
+		if off >= end || off >= size {
+			return log, nil
+		}
+		p := log[off-h.logOff():]
+		p = p[:min(1<<20, len(p))]
+		n, err := f.ReadAt(p, off)
+		if n < len(p) && err != io.EOF {
+			return nil, fmt.Errorf("read the log at %d: %w", off, err)
+		}
+		off += int64(len(p))
+	}
+}
+
+// scanLog returns the records from the tail on, and where the next one would
+// go. The first place without a valid record is the end, but a later valid one
+// of the session proves that one is missing: an append begins only after the
+// one before is durable (R11).
+func scanLog(log []byte, h *Header) ([]*record, place, error) {
+	at := place{pos: h.tail, seq: h.tailSeq, chain: h.chain}
+	var records []*record
+	for at.total < h.logLen {
+		r, n, err := decodeRecord(log, h, at.pos)
+		if err == nil && (r.epoch != h.epoch || r.seq != at.seq || r.prev != at.chain) {
+			err = errNoRecord
+		}
+		if errors.Is(err, errNoRecord) {
+			break
+		}
+		if err != nil {
+			return nil, at, err
+		}
+		records = append(records, r)
+		if r.flags&flagPad != 0 {
+			n = h.logLen - at.pos
+		}
+		at = place{pos: (at.pos + n) % h.logLen, total: at.total + n, seq: at.seq + 1, chain: r.sum}
+	}
+	for pos := int64(0); pos < h.logLen; pos += pageSize {
+		p := log[pos:]
+		if le.Uint32(p) != logMagic || le.Uint64(p[8:]) != h.epoch || le.Uint64(p[16:]) < at.seq {
+			continue
+		}
+		if _, _, err := decodeRecord(log, h, pos); errors.Is(err, errNoRecord) {
+			continue
+		}
+		if le.Uint64(p[16:]) == at.seq && pos == at.pos {
+			continue
+		}
+		return nil, at, fmt.Errorf("%w: log record %d at %d, but a later one (%d) is there", ErrCorrupt, at.seq, at.pos, le.Uint64(p[16:]))
+	}
+	return records, at, nil
+}
+
+// publish makes the committed table the live one.
+func (ld *loader) publish() error {
+	return ld.each(func(c block.Chunk, e Entry) error {
+		if err := ld.s.live.reserve(c); err != nil {
+			return fmt.Errorf("memory for the live table: %w", err)
+		}
+		ld.s.live.set(c, e)
+		return nil
+	})
+}
+
+// each calls f for every entry read, in order of pages as they come.
+func (ld *loader) each(f func(block.Chunk, Entry) error) error {
+	for n := range ld.pages {
+		end := min((n+1)*pageEntries, ld.s.geo.Chunks())
+		for c := n * pageEntries; c < end; c++ {
+			if e := Entry(ld.into[c].Load()); e != 0 {
+				if err := f(block.Chunk(c), e); err != nil {
+					return err
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// countSlots finds which slots are taken, and refuses a store in which two
+// chunks have the same.
+func (ld *loader) countSlots() error {
+	s := ld.s
+	used := newBitmap()
+	top := uint32(0)
+	take := func(c block.Chunk, e Entry) error {
+		n := e.Slot()
+		if n == 0 {
+			return nil
+		}
+		if !used.set(n) {
+			return fmt.Errorf("%w: chunk %d has slot %d, which another chunk has too", ErrCorrupt, c, n)
+		}
+		top = max(top, n)
+		return nil
+	}
+	var err error
+	if s.adopted {
+		for c, e := range s.live.from(0) {
+			if err = e.validate(&s.shape, c); err != nil {
+				err = fmt.Errorf("%w: live table in memory: %v", ErrCorrupt, err)
+			} else {
+				err = take(c, e)
+			}
+			if err != nil {
+				break
+			}
+		}
+	} else {
+		err = ld.each(take)
+	}
+	if err != nil {
+		return err
+	}
+	s.slots.next = top + 1
+	s.slots.limit = uint32(min(s.geo.Chunks()*2+slotSlack, 1<<32-1))
+	if s.opts.Capacity > 0 {
+		s.slots.limit = uint32(min(int64(s.slots.limit), max(0, s.opts.Capacity-s.slotsOff)/int64(s.geo.ChunkSize)+1))
+	}
+	for n := top; n > 0; n-- {
+		if !used.has(n) {
+			s.slots.free = append(s.slots.free, n)
+		}
+	}
+	return nil
+}
+
+func allZero(p []byte) bool {
+	for len(p) >= pageSize {
+		if [pageSize]byte(p) != zeroPage {
+			return false
+		}
+		p = p[pageSize:]
+	}
+	return string(p) == string(zeroPage[:len(p)])
+}
+
+// bitmap is a set of slot numbers.
+type bitmap struct{ bits map[uint32]*[1024]uint64 }
+
+func newBitmap() *bitmap { return &bitmap{make(map[uint32]*[1024]uint64)} }
+
+// set adds n and reports whether it was not there.
+func (b *bitmap) set(n uint32) bool {
+	p := b.bits[n>>16]
+	if p == nil {
+		p = new([1024]uint64)
+		b.bits[n>>16] = p
+	}
+	i, bit := n>>6&1023, uint64(1)<<(n&63)
+	if p[i]&bit != 0 {
+		return false
+	}
+	p[i] |= bit
+	return true
+}
+
+func (b *bitmap) has(n uint32) bool {
+	p := b.bits[n>>16]
+	return p != nil && p[n>>6&1023]>>(n&63)&1 != 0
+}

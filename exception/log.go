@@ -1,0 +1,176 @@
+package exception
+
+import (
+	"fmt"
+	"sync"
+
+	"github.com/cowdev/cowdev/block"
+)
+
+// logStep is how far ahead of need the log's zone is written, in bytes: an
+// append to what was written before costs half of one into a hole.
+const logStep = 1 << 20
+
+// maxRecord bounds a record, in bytes: a quarter of the log at most, so that
+// one fits wherever the log's head is.
+func (s *Store) maxRecord() int64 {
+	return min(s.shape.logLen/4/pageSize*pageSize, 256<<10)
+}
+
+// A place in the log lies between two records.
+type place struct {
+	pos   int64  // bytes from the log's beginning
+	total int64  // bytes from the session's beginning, with what was skipped
+	seq   uint64 // of the record that begins here
+	chain uint32 // checksum of the record before
+}
+
+// logRing is where the log's records go. Only the committer appends.
+type logRing struct {
+	head    place // where the next record goes
+	written int64 // the zone that has been written once, from the log's beginning
+
+	mu      sync.Mutex
+	applied place // up to here the committed entries, and the table's dirty pages, know the records
+	tail    place // up to here nothing is needed any more
+}
+
+// used returns the bytes between the tail and the head.
+func (l *logRing) used() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.head.total - l.tail.total
+}
+
+// append writes one record, and returns when it is durable. data are the
+// blocks that the runs' here masks name. Any failure breaks the store: the
+// record may exist from the moment it was handed to the disk (R8).
+func (s *Store) append(flags uint32, runs []run, data []byte) error {
+	l := &s.log
+	n := recordLen(len(runs), len(data))
+	if err := s.makeRoom(n); err != nil {
+		return err
+	}
+	if l.head.pos+n > s.logEnd(n) {
+		if err := s.put(&record{flags: flagPad}, pageSize, nil); err != nil {
+			return err
+		}
+		s.skipToStart()
+	}
+	return s.put(&record{flags: flags, runs: runs, data: data}, n, data)
+}
+
+// skipToStart moves the head to the log's beginning.
+func (s *Store) skipToStart() {
+	l := &s.log
+	if l.head.pos == 0 {
+		return
+	}
+	l.mu.Lock()
+	l.head.total += s.shape.logLen - l.head.pos
+	l.head.pos = 0
+	l.mu.Unlock()
+}
+
+// logEnd extends the written zone so that a record of n bytes and a page fit
+// behind the head, if it can, and returns where the zone ends for a record:
+// a page before its end, unless that is the log's.
+func (s *Store) logEnd(n int64) int64 {
+	l := &s.log
+	for l.written < s.shape.logLen && l.head.pos+n+pageSize > l.written {
+		step := min(logStep, s.shape.logLen-l.written)
+		if err := fill(s.file, s.shape.logOff()+l.written, step); err != nil {
+			// No room, or worse: what has been written must do.
+			s.logf("extend the log: %v; it stays at %d bytes", err, l.written)
+			return l.written - pageSize
+		}
+		l.written += step
+	}
+	if l.written == s.shape.logLen {
+		return l.written
+	}
+	return l.written - pageSize
+}
+
+// makeRoom waits until a record of n bytes, and the pages skipped before it,
+// fit into the log.
+func (s *Store) makeRoom(n int64) error {
+	l := &s.log
+	for range 3 {
+		skip := int64(0)
+		if l.head.pos+n > s.logEnd(n) {
+			skip = s.shape.logLen - l.head.pos
+		}
+		if l.used()+skip+n <= s.shape.logLen {
+			return nil
+		}
+		if err := s.checkpoint(); err != nil {
+			return err
+		}
+	}
+	panic(fmt.Sprintf("exception: no room for a record of %d bytes in a log of %d, head %+v, tail %+v", n, s.shape.logLen, l.head, l.tail))
+}
+
+// put encodes r into n bytes at the head, writes it and moves the head.
+func (s *Store) put(r *record, n int64, data []byte) error {
+	l := &s.log
+	r.epoch, r.seq, r.prev = s.epoch, l.head.seq, l.head.chain
+	p := make([]byte, n)
+	copy(p[recordHead+len(r.runs)*runSize:], data)
+	r.encode(p, s.shape.UUID, l.head.pos)
+	if err := s.file.WriteSync(p, s.shape.logOff()+l.head.pos); err != nil {
+		return s.fail(fmt.Sprintf("append record %d to the log", r.seq), err)
+	}
+	l.mu.Lock()
+	l.head.pos += n
+	l.head.total += n
+	if l.head.pos == s.shape.logLen {
+		l.head.pos = 0
+	}
+	l.head.seq++
+	l.head.chain = r.sum
+	l.mu.Unlock()
+	return nil
+}
+
+// tablePages knows the pages of the table: which have their room in the file,
+// and which differ from the committed entries.
+type tablePages struct {
+	mu        sync.Mutex
+	allocated map[int64]bool
+	dirty     map[int64]bool
+}
+
+// allocate gives page n of the table its room.
+func (t *tablePages) allocate(f writerAt, n int64) error {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	if t.allocated[n] {
+		return nil
+	}
+	if _, err := f.WriteAt(zeroPage[:], tableOff+n*pageSize); err != nil {
+		return err
+	}
+	t.allocated[n] = true
+	return nil
+}
+
+type writerAt interface {
+	WriteAt(p []byte, off int64) (int, error)
+}
+
+// touch marks the page of chunk c as differing.
+func (t *tablePages) touch(c block.Chunk) {
+	t.mu.Lock()
+	t.dirty[int64(c)/pageEntries] = true
+	t.mu.Unlock()
+}
+
+// takeDirty returns the pages that differ, and forgets them.
+func (t *tablePages) takeDirty() map[int64]bool {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	d := t.dirty
+	t.dirty = make(map[int64]bool)
+	return d
+}

@@ -1,0 +1,131 @@
+package exception
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+
+	"golang.org/x/sys/unix"
+)
+
+// Shared is a Memory in files of a tmpfs, which outlive the process and die
+// with the boot.
+type Shared struct {
+	Dir string // /dev/shm where empty
+}
+
+// Path returns the file that holds the live table of store u.
+func (m Shared) Path(u UUID) string {
+	dir := m.Dir
+	if dir == "" {
+		dir = "/dev/shm"
+	}
+	return filepath.Join(dir, fmt.Sprintf("cowdev-%d-%s-%s", os.Geteuid(), bootID(), u))
+}
+
+// bootID tells this boot from others, in a few characters.
+func bootID() string {
+	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
+	if err != nil {
+		return "boot"
+	}
+	id, _, _ := strings.Cut(string(b), "-")
+	return id
+}
+
+// Attach maps the file of store u, as an earlier process left it or new.
+func (m Shared) Attach(u UUID, n int64) (Area, error) {
+	path := m.Path(u)
+	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	a := &sharedArea{file: f, path: path, reserved: newPageSet(n)}
+	if err := a.open(n); err != nil {
+		f.Close()
+		return nil, fmt.Errorf("%s: %w", path, err)
+	}
+	return a, nil
+}
+
+type sharedArea struct {
+	file     *os.File
+	path     string
+	bytes    []byte
+	reserved pageSet
+	mu       sync.Mutex // one Reserve at a time
+}
+
+func (a *sharedArea) open(n int64) error {
+	var st unix.Stat_t
+	fd := int(a.file.Fd())
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Uid != uint32(os.Geteuid()) || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
+		return fmt.Errorf("is not a file of our own, remove it")
+	}
+	if st.Size != n {
+		if err := unix.Ftruncate(fd, 0); err != nil {
+			return err
+		}
+		if err := unix.Ftruncate(fd, n); err != nil {
+			return err
+		}
+	}
+	var err error
+	if a.bytes, err = unix.Mmap(fd, 0, int(n), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_SHARED); err != nil {
+		return err
+	}
+	// What an earlier process reserved is there still.
+	for off := int64(0); off < n; {
+		data, err := unix.Seek(fd, off, unix.SEEK_DATA)
+		if err != nil {
+			break
+		}
+		hole, err := unix.Seek(fd, data, unix.SEEK_HOLE)
+		if err != nil {
+			break
+		}
+		for off = data / pageSize * pageSize; off < hole; off += pageSize {
+			a.reserved.add(off)
+		}
+	}
+	return nil
+}
+
+func (a *sharedArea) Bytes() []byte           { return a.bytes }
+func (a *sharedArea) Reserved(off int64) bool { return a.reserved.has(off) }
+func (a *sharedArea) Lasting() bool           { return true }
+
+// Reserve allocates the page, since a store into a page for which the tmpfs
+// has no room would be a SIGBUS.
+func (a *sharedArea) Reserve(off int64) error {
+	if a.reserved.has(off) {
+		return nil
+	}
+	a.mu.Lock()
+	defer a.mu.Unlock()
+	if a.reserved.has(off) {
+		return nil
+	}
+	page := off / pageSize * pageSize
+	if err := unix.Fallocate(int(a.file.Fd()), 0, page, min(pageSize, int64(len(a.bytes))-page)); err != nil {
+		return fmt.Errorf("reserve a page of %s: %w", a.path, err)
+	}
+	a.reserved.add(off)
+	return nil
+}
+
+func (a *sharedArea) Release(keep bool) error {
+	if !keep {
+		os.Remove(a.path)
+	}
+	err := unix.Munmap(a.bytes)
+	if e := a.file.Close(); err == nil {
+		err = e
+	}
+	return err
+}

@@ -1,0 +1,213 @@
+package exception
+
+import (
+	"crypto/rand"
+	"errors"
+	"fmt"
+	"slices"
+
+	"github.com/cowdev/cowdev/block"
+)
+
+// overlay is the inline data of a log that recovery has yet to put in place:
+// each block's last mention, no more than the log's length in all.
+type overlay struct {
+	blockSize int
+	blocks    map[blockKey][]byte
+}
+
+type blockKey struct {
+	chunk block.Chunk
+	block uint8
+}
+
+func newOverlay(blockSize int) *overlay {
+	return &overlay{blockSize, make(map[blockKey][]byte)}
+}
+
+func (o *overlay) clear() { clear(o.blocks) }
+
+func (o *overlay) len() int { return len(o.blocks) }
+
+// block returns the bytes of block b of chunk c, or nil if they are in place.
+func (o *overlay) block(c block.Chunk, b int) []byte {
+	return o.blocks[blockKey{c, uint8(b)}]
+}
+
+// add takes the data of run n from data and returns the rest.
+func (o *overlay) add(n run, data []byte) []byte {
+	for b := range block.BlocksPerChunk {
+		if n.here.Has(b) {
+			o.blocks[blockKey{n.chunk, uint8(b)}] = data[:o.blockSize]
+			data = data[o.blockSize:]
+		}
+	}
+	return data
+}
+
+// keep forgets the blocks that are not stored in the final mapping.
+func (o *overlay) keep(stored func(block.Chunk) block.Mask) {
+	for k := range o.blocks {
+		if !stored(k.chunk).Has(int(k.block)) {
+			delete(o.blocks, k)
+		}
+	}
+}
+
+// begin starts the session, once, before its first change: it ends the
+// recovery, if the store was not closed in order, and makes a superblock
+// durable with this session's epoch and an empty log, so that the log never
+// holds records of two sessions (R9).
+func (s *Store) begin() error {
+	s.beginMu.Lock()
+	defer s.beginMu.Unlock()
+	if s.started.Load() {
+		return nil
+	}
+	if s.opts.ReadOnly || s.shape.State == Frozen {
+		return ErrReadOnly
+	}
+	if !s.shape.Clean {
+		if err := s.recover(); err != nil {
+			return err
+		}
+	}
+	var r [8]byte
+	rand.Read(r[:])
+	epoch := le.Uint64(r[:])
+	first := s.shape.tailSeq
+	if s.log.head.seq > first {
+		first = s.log.head.seq
+	}
+	err := s.writeSuper(func(h *Header) {
+		h.Clean, h.epoch, h.tail, h.tailSeq, h.chain = false, epoch, 0, first, 0
+	})
+	if err != nil {
+		return err
+	}
+	s.epoch = epoch
+	s.log.head = place{seq: first}
+	s.log.applied, s.log.tail = s.log.head, s.log.head
+	if s.log.written, err = s.writtenLog(); err != nil {
+		return fullError(err)
+	}
+	if err := s.live.setValid(s.shape.UUID, epoch); err != nil {
+		// Only the death of the process is worse for it.
+		s.logf("memory for the live table: %v; changes that are not flushed die with the process", err)
+	}
+	s.started.Store(true)
+	return nil
+}
+
+// writtenLog returns how far from its beginning the log has its room. The log
+// is empty.
+func (s *Store) writtenLog() (int64, error) {
+	if !s.shape.Clean {
+		// A crash may have taken some of it back.
+		n := min(logStep, s.shape.logLen)
+		return n, fill(s.file, s.shape.logOff(), n)
+	}
+	probe := make([]byte, 1)
+	off := s.shape.logOff()
+	written := int64(0)
+	for written < s.shape.logLen {
+		next, err := s.file.NextData(off + written)
+		if err != nil {
+			return 0, fmt.Errorf("look for data in the log: %w", err)
+		}
+		if next != off+written {
+			break
+		}
+		if _, err := s.file.ReadAt(probe, next); err != nil {
+			break
+		}
+		written += min(logStep, s.shape.logLen-written)
+	}
+	if written == 0 {
+		written = min(logStep, s.shape.logLen)
+		return written, fill(s.file, off, written)
+	}
+	return written, nil
+}
+
+// recover makes the file say by itself what its log, or the memory of a dead
+// process, says. It may be cut off anywhere and begun again.
+func (s *Store) recover() error {
+	// What a dead process wrote can be read, and yet not be durable (R13).
+	if err := s.sync(); err != nil {
+		return err
+	}
+	if s.adopted {
+		s.commitAdopted()
+	} else if o := s.replayed.Load(); o != nil {
+		if err := s.putInPlace(o); err != nil {
+			return err
+		}
+		if err := s.sync(); err != nil {
+			return err
+		}
+	}
+	pages := s.table.takeDirty()
+	for n := range pages {
+		if err := s.table.allocate(s.file, n); err != nil {
+			s.table.dirty = pages
+			return fullError(err)
+		}
+	}
+	if err := s.writeTable(pages); err != nil {
+		return err
+	}
+	s.replayed.Store(nil)
+	return nil
+}
+
+// commitAdopted makes every live entry a committed one: all data is durable.
+func (s *Store) commitAdopted() {
+	gone := make(map[int64]bool)
+	for n := range s.table.allocated {
+		gone[n] = true
+	}
+	for n := range s.table.dirty {
+		gone[n] = true
+	}
+	set := func(c block.Chunk) {
+		e := s.live.load(c)
+		if s.differs(change{chunk: c, entry: e}) {
+			s.committed[c].Store(uint64(e))
+			s.table.touch(c)
+		}
+	}
+	for n := range gone {
+		for c := n * pageEntries; c < min((n+1)*pageEntries, s.geo.Chunks()); c++ {
+			if s.live.area.Reserved(areaHead + c*8) {
+				set(block.Chunk(c))
+			}
+		}
+	}
+	for c := range s.live.from(0) {
+		set(c)
+	}
+}
+
+// putInPlace writes the overlay's blocks where they belong.
+func (s *Store) putInPlace(o *overlay) error {
+	keys := make([]blockKey, 0, len(o.blocks))
+	for k := range o.blocks {
+		keys = append(keys, k)
+	}
+	slices.SortFunc(keys, func(a, b blockKey) int {
+		return int((int64(a.chunk)-int64(b.chunk))*block.BlocksPerChunk) + int(a.block) - int(b.block)
+	})
+	for _, k := range keys {
+		e := s.live.load(k.chunk)
+		at := s.SlotOffset(e) + int64(int(k.block)*s.geo.BlockSize())
+		if _, err := s.file.WriteAt(o.blocks[k], at); err != nil {
+			err = fullError(err)
+			if errors.Is(err, ErrFull) {
+				return err
+			}
+			return s.fail(fmt.Sprintf("put chunk %d of the log in place", k.chunk), err)
+		}
+	}
+	return nil
+}
