@@ -1,0 +1,457 @@
+package nbdserver
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"sync/atomic"
+	"syscall"
+	"time"
+
+	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/internal/nbd"
+)
+
+// handshakeGrace is how long a client that is still in the handshake may take
+// to be told that the server is shutting down.
+const handshakeGrace = 500 * time.Millisecond
+
+// Limits of the requests of one connection that are in workers; the next one
+// waits, and with it what follows it. A single request may be over the bytes.
+const (
+	maxJobs     = 64
+	maxJobBytes = 2 << 20 // of their buffers
+)
+
+// A conn is one connection. Its goroutine reads requests and serves those that
+// cannot take long; the others go to workers.
+type conn struct {
+	srv  *Server
+	sock net.Conn // as it was accepted: for deadlines, and to be cut
+	nc   net.Conn // what is read and written: sock, or TLS over it
+	peer string   // for messages
+
+	stopping     atomic.Bool
+	transmitting atomic.Bool
+	cut          atomic.Pointer[error] // why abort was called
+
+	session
+	size   int64
+	view   block.Session // nil where the device or the connection cannot use one
+	in     input
+	out    output
+	b      *batch       // replies that have not been sent; nil if there are none
+	inside bool         // this goroutine has passed the gate of workers.inDevice
+	ending bool         // requests are answered with errShuttingDown
+	synced atomic.Int64 // nanoseconds that the last flush took
+
+	count tally
+
+	mu    sync.Mutex
+	jobs  int // in workers
+	bytes int // of their buffers
+	freed sync.Cond
+}
+
+// tally counts what has not been added to the server's counters yet.
+type tally struct{ requests, errors, read, written uint64 }
+
+func newConn(s *Server, nc net.Conn) *conn {
+	c := &conn{srv: s, sock: nc, nc: nc, peer: peerName(nc)}
+	c.freed.L = &c.mu
+	return c
+}
+
+// upgrade makes nc, which lies over the socket, what is read and written.
+func (c *conn) upgrade(nc net.Conn) { c.nc = nc }
+
+// run is the life of the connection: serve, and what comes after it.
+func (c *conn) run(serve func() error) error {
+	defer c.srv.removeConn(c)
+	err := serve()
+	c.nc.Close()
+	if why := c.cut.Load(); why != nil {
+		err = *why
+	}
+	if err == errGoodbye {
+		return nil
+	}
+	if c.stopping.Load() {
+		return ErrServerClosed
+	}
+	if err != io.EOF {
+		c.srv.cfg.ErrorLog("connection of %s: %v", c.peer, err)
+	}
+	return err
+}
+
+// stop asks the connection to end when what has been received is answered.
+func (c *conn) stop() {
+	c.stopping.Store(true)
+	if c.transmitting.Load() {
+		c.sock.SetReadDeadline(time.Unix(1, 0))
+	} else {
+		c.sock.SetDeadline(time.Now().Add(handshakeGrace))
+	}
+}
+
+// abort ends the connection at once, because of err.
+func (c *conn) abort(err error) {
+	c.cut.CompareAndSwap(nil, &err)
+	c.sock.Close()
+}
+
+// setDeadline is for the handshake; a stop that came before it stands.
+func (c *conn) setDeadline(t time.Time) {
+	c.sock.SetDeadline(t)
+	if c.stopping.Load() {
+		c.stop()
+	}
+}
+
+// transmission is the second phase: requests until the client or the server
+// ends it.
+func (c *conn) transmission(agreed session) error {
+	c.session = agreed
+	c.size = agreed.export.Device.Size()
+	raw := rawOf(c.nc)
+	c.in.init(c.nc, raw)
+	c.out.init(c.nc, raw, c.srv.cfg.IdleTimeout)
+	defer c.in.release()
+	if dev, ok := agreed.export.Device.(block.Sessioner); ok {
+		c.view = dev.Session()
+		defer c.view.Close()
+	}
+	c.transmitting.Store(true)
+	if c.stopping.Load() {
+		c.stop()
+	}
+	err := c.requests()
+	if err != errGoodbye && err != io.EOF && !c.ending {
+		c.abort(err) // or workers may wait for a client that takes no replies
+	}
+	c.wait()
+	return err
+}
+
+// rawOf returns the file descriptor's way into nc, or nil if nc is no socket.
+func rawOf(nc net.Conn) syscall.RawConn {
+	switch nc := nc.(type) {
+	case *net.UnixConn:
+		raw, _ := nc.SyscallConn()
+		return raw
+	case *net.TCPConn:
+		raw, _ := nc.SyscallConn()
+		return raw
+	}
+	return nil
+}
+
+// requests reads and serves requests until one ends the connection.
+func (c *conn) requests() error {
+	defer c.leave()
+	for {
+		err := c.receive()
+		if err == nil {
+			err = c.serveReceived()
+		}
+		if flushErr := c.flush(); err == nil || err == errGoodbye && flushErr != nil {
+			err = flushErr
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
+
+// receive waits for more bytes. When the server is shutting down it takes what
+// has arrived already, to be answered so, and then returns ErrServerClosed.
+func (c *conn) receive() error {
+	for {
+		if d := c.srv.cfg.IdleTimeout; d > 0 && !c.stopping.Load() {
+			c.sock.SetReadDeadline(time.Now().Add(d))
+			if c.stopping.Load() {
+				c.stop()
+			}
+		}
+		err := c.in.fill()
+		switch {
+		case err == nil:
+			return nil
+		case err == io.EOF && len(c.in.have()) > 0:
+			return io.ErrUnexpectedEOF
+		case !errors.Is(err, os.ErrDeadlineExceeded):
+			return err
+		case c.ending:
+			return ErrServerClosed
+		case c.stopping.Load():
+			c.ending = true
+			c.in.readNow()
+			return nil
+		case c.busy():
+			continue
+		default:
+			return fmt.Errorf("no request for %v", c.srv.cfg.IdleTimeout)
+		}
+	}
+}
+
+// serveReceived serves every request that has been received whole.
+func (c *conn) serveReceived() error {
+	for {
+		p := c.in.have()
+		if len(p) < c.headerSize() {
+			return nil
+		}
+		var r request
+		if err := c.decode(p, &r); err != nil {
+			return err
+		}
+		payload := c.payload(&r)
+		if payload <= maxInlineWrite && len(p) < c.headerSize()+int(payload) {
+			return nil // waits in the buffer until it is whole
+		}
+		c.in.take(c.headerSize())
+		if r.kind == nbd.CmdDisc {
+			return errGoodbye
+		}
+		if err := c.serve(&r, payload); err != nil {
+			return err
+		}
+		if c.b != nil && c.b.full() {
+			if err := c.flush(); err != nil {
+				return err
+			}
+		}
+	}
+}
+
+// serve serves one request, whose payload comes next. An error ends the
+// connection; what goes wrong with the request is a reply.
+func (c *conn) serve(r *request, payload uint64) error {
+	c.count.requests++
+	f := c.check(r)
+	if c.ending {
+		f = errShuttingDown
+	}
+	switch {
+	case f != nil:
+		return c.refuse(r, payload, f)
+	case r.kind == nbd.CmdRead:
+		return c.read(r)
+	case r.kind == nbd.CmdWrite:
+		return c.write(r)
+	case r.kind == nbd.CmdFlush:
+		return c.sync(r)
+	case r.kind == nbd.CmdTrim, r.kind == nbd.CmdWriteZeroes:
+		return c.zero(r)
+	case r.kind == nbd.CmdBlockStatus:
+		return c.blockStatus(r, payload)
+	default:
+		return c.start(newJob(c, r), 0)
+	}
+}
+
+// refuse answers r with f after throwing away its payload.
+func (c *conn) refuse(r *request, payload uint64, f *failure) error {
+	if payload > maxDrain {
+		return fmt.Errorf("request with %d bytes of payload, expected at most %d", payload, maxDrain)
+	}
+	if payload > uint64(len(c.in.have())) {
+		if err := c.flush(); err != nil {
+			return err
+		}
+	}
+	if err := c.in.discard(payload); err != nil {
+		return err
+	}
+	c.fail(r, f)
+	return nil
+}
+
+// batch returns the batch that the next reply is added to; it has room for a
+// header.
+func (c *conn) batch() *batch {
+	if c.b == nil {
+		c.b = getBatch()
+	}
+	return c.b
+}
+
+func (c *conn) succeed(r *request) {
+	b := c.batch()
+	b.wrote(c.appendSuccess(b.head, r))
+}
+
+func (c *conn) fail(r *request, f *failure) {
+	c.count.errors++
+	b := c.batch()
+	b.wrote(c.appendFailure(b.head, r, f))
+}
+
+// failDevice answers r with err, which the device returned.
+func (c *conn) failDevice(r *request, err error) {
+	c.logDevice(r, err)
+	c.fail(r, failureOf(r, err))
+}
+
+func (c *conn) logDevice(r *request, err error) {
+	if failureOf(r, err) != errNotFast {
+		c.srv.cfg.ErrorLog("export %q: %s of %d bytes at %d: %v", c.export.Name, commandName(r.kind), r.n, r.off, err)
+	}
+}
+
+// flush sends the replies of the batch.
+func (c *conn) flush() error {
+	c.leave()
+	c.count.addTo(&c.srv.count)
+	if c.b == nil {
+		return nil
+	}
+	b := c.b
+	c.b = nil
+	err := c.out.send(b.vecs, &b.iov)
+	if b.viewed {
+		c.view.Done()
+	}
+	putBatch(b)
+	return c.sendError(err)
+}
+
+// sendError returns what an error of out means for the connection.
+func (c *conn) sendError(err error) error {
+	if errors.Is(err, syscall.EFAULT) {
+		c.srv.count.faults.Add(1)
+		return errors.New("a page of the base or the store could not be read after its reply had begun")
+	}
+	if err != nil {
+		return fmt.Errorf("reply: %w", err)
+	}
+	return nil
+}
+
+// enter passes the gate that calls of the device which may block go through;
+// leave, which flush does, gives the place back.
+func (c *conn) enter() error {
+	if c.inside {
+		return nil
+	}
+	select {
+	case c.srv.workers.inDevice <- struct{}{}:
+	default:
+		if err := c.flush(); err != nil {
+			return err
+		}
+		c.srv.workers.inDevice <- struct{}{}
+	}
+	c.inside = true
+	return nil
+}
+
+func (c *conn) leave() {
+	if c.inside {
+		<-c.srv.workers.inDevice
+		c.inside = false
+	}
+}
+
+// mayBlock says that the device may keep a change waiting for long, as for
+// room on a full disk.
+func (c *conn) mayBlock() bool {
+	d, ok := c.export.Device.(interface{ MayBlock() bool })
+	return ok && d.MayBlock()
+}
+
+// start gives j, which holds n bytes of buffers, to a worker, when the
+// connection has few enough there.
+func (c *conn) start(j *job, n int) error {
+	if !c.place(n) {
+		if err := c.flush(); err != nil {
+			j.free()
+			return err
+		}
+		c.awaitPlace(n)
+	}
+	j.bytes = n
+	c.srv.workers.start(j)
+	return nil
+}
+
+// place takes a place for a job with n bytes if there is one.
+func (c *conn) place(n int) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.crowded(n) {
+		return false
+	}
+	c.jobs++
+	c.bytes += n
+	return true
+}
+
+func (c *conn) awaitPlace(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.crowded(n) {
+		c.freed.Wait()
+	}
+	c.jobs++
+	c.bytes += n
+}
+
+func (c *conn) crowded(n int) bool {
+	return c.jobs >= maxJobs || c.bytes > 0 && c.bytes+n > maxJobBytes
+}
+
+func (c *conn) leavePlace(n int) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.jobs--
+	c.bytes -= n
+	c.freed.Signal()
+}
+
+// busy says that requests are in workers.
+func (c *conn) busy() bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.jobs > 0
+}
+
+// wait waits until no request is in a worker.
+func (c *conn) wait() {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for c.jobs > 0 {
+		c.freed.Wait()
+	}
+}
+
+// addTo adds the counts to the server's and begins anew.
+func (t *tally) addTo(s *counters) {
+	for _, one := range [...]struct {
+		n  *uint64
+		to *atomic.Uint64
+	}{
+		{&t.requests, &s.requests},
+		{&t.errors, &s.errors},
+		{&t.read, &s.bytesRead},
+		{&t.written, &s.bytesWritten},
+	} {
+		if *one.n > 0 {
+			one.to.Add(*one.n)
+			*one.n = 0
+		}
+	}
+}
+
+func commandName(kind uint16) string {
+	names := [...]string{"read", "write", "disconnect", "flush", "trim", "cache", "write zeroes", "block status"}
+	if int(kind) < len(names) {
+		return names[kind]
+	}
+	return fmt.Sprintf("command %d", kind)
+}
