@@ -1,0 +1,415 @@
+package ext4
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"sort"
+)
+
+// A Range is a run of the image's bytes.
+type Range struct{ Off, N int64 }
+
+// A Kind says what bytes of the image are used for.
+type Kind uint8
+
+// The kinds. An inode's number comes with those from KindData on, but for
+// KindUnknown.
+const (
+	KindOutside     Kind = iota // after the file system's end
+	KindFree                    // allocated to nothing
+	KindSuperblock              // superblock or a copy; the boot block too
+	KindDescriptors             // group descriptors, and room for more
+	KindBlockBitmap
+	KindInodeBitmap
+	KindInodeTable
+	KindMMP       // multiple mount protection
+	KindUnknown   // allocated, but no inode was found that has it
+	KindData      // of a regular file
+	KindDirectory // a directory's entries
+	KindSymlink   // a symbolic link's target
+	KindXattr     // extended attributes; of several inodes the first found is told
+	KindMap       // an extent tree's or indirect block
+	KindJournal   // the journal and its map
+	KindReserved  // of the file system's own inodes: quota, orphans, bad blocks
+)
+
+var kindNames = [...]string{"outside", "free", "superblock", "group descriptors", "block bitmap", "inode bitmap",
+	"inode table", "mmp", "unknown", "data", "directory", "symlink", "xattr", "block map", "journal", "reserved"}
+
+func (k Kind) String() string {
+	if int(k) < len(kindNames) {
+		return kindNames[k]
+	}
+	return fmt.Sprintf("Kind(%d)", uint8(k))
+}
+
+// An Owner says what a range of the image is used for.
+type Owner struct {
+	Range
+	Kind    Kind
+	Ino     uint32 // the inode it belongs to, 0 for metadata of the file system
+	FileOff int64  // where it lies in the file, for data, directories and symlinks
+}
+
+// Owners tells what the bytes of the ranges are used for: owners that follow
+// one another without gap, sorted, covering every byte of the ranges once.
+//
+// The inodes in hints are asked first, then those in the block groups that the
+// ranges lie in, then all others, until every allocated block has its owner:
+// the cost follows the ranges when the files lie where the kernel puts them.
+func (f *FS) Owners(ranges []Range, hints []uint32) ([]Owner, error) {
+	ranges = normalize(ranges)
+	c, err := f.newClaims(ranges)
+	if err != nil {
+		return nil, err
+	}
+	if err := c.search(hints); err != nil {
+		return nil, err
+	}
+	return c.owners(ranges), nil
+}
+
+// normalize sorts ranges, joins those that touch and drops empty ones.
+func normalize(ranges []Range) []Range {
+	ranges = slices.Clone(ranges)
+	slices.SortFunc(ranges, func(a, b Range) int { return cmp.Compare(a.Off, b.Off) })
+	var out []Range
+	for _, r := range ranges {
+		if r.N <= 0 {
+			continue
+		}
+		if n := len(out); n > 0 && r.Off <= out[n-1].Off+out[n-1].N {
+			out[n-1].N = max(out[n-1].N, r.Off+r.N-out[n-1].Off)
+			continue
+		}
+		out = append(out, r)
+	}
+	return out
+}
+
+// A claim is blocks whose owner is known.
+type claim struct {
+	first, n uint64
+	kind     Kind
+	ino      uint32
+	logical  uint64
+}
+
+// claims are blocks whose owners are looked for. Each block is given to the
+// first that claims it.
+type claims struct {
+	fs     *FS
+	wanted []blockRange
+	taken  []uint64 // bitmap: by the order of the blocks in wanted
+	left   uint64   // blocks not taken
+	found  []claim
+}
+
+// A blockRange is blocks of the file system; index counts those of the ranges
+// before.
+type blockRange struct{ first, n, index uint64 }
+
+// newClaims returns claims for the blocks of sorted ranges, with free blocks
+// and the file system's own metadata taken.
+func (f *FS) newClaims(ranges []Range) (*claims, error) {
+	c := &claims{fs: f}
+	bs := int64(f.sb.blockSize)
+	next := uint64(0) // blocks below are wanted already
+	for _, r := range ranges {
+		first := max(uint64(r.Off/bs), next)
+		end := min(uint64((r.Off+r.N+bs-1)/bs), f.sb.blocks)
+		if first >= end {
+			continue
+		}
+		c.wanted = append(c.wanted, blockRange{first, end - first, c.left})
+		c.left += end - first
+		next = end
+	}
+	c.taken = make([]uint64, (c.left+63)/64)
+	meta, err := f.layout()
+	if err != nil {
+		return nil, err
+	}
+	for _, w := range c.wanted {
+		i := sort.Search(len(meta), func(i int) bool { return meta[i].first+meta[i].n > w.first })
+		for ; i < len(meta) && meta[i].first < w.first+w.n; i++ {
+			c.take(claim{first: meta[i].first, n: meta[i].n, kind: meta[i].kind})
+		}
+	}
+	return c, c.takeFree()
+}
+
+// takeFree takes the blocks that the bitmaps have free.
+func (c *claims) takeFree() error {
+	sb := c.fs.sb
+	for _, w := range c.wanted {
+		for b := max(w.first, sb.firstDataBlock); b < w.first+w.n; {
+			g := sb.groupOf(b)
+			bitmap, err := c.fs.blockBitmap(g)
+			if err != nil {
+				return err
+			}
+			first := sb.firstBlock(g)
+			for end := min(w.first+w.n, first+sb.groupBlocks(g)); b < end; {
+				from := b
+				for b < end && !bit(bitmap, (b-first)>>sb.clusterBits) && !c.fs.fc.usesBlock(b) {
+					b++
+				}
+				if b > from {
+					c.take(claim{first: from, n: b - from, kind: KindFree})
+				} else {
+					b++
+				}
+			}
+		}
+	}
+	return nil
+}
+
+// take gives to a claim those of its blocks that are wanted and not taken.
+func (c *claims) take(cl claim) (took bool) {
+	i := sort.Search(len(c.wanted), func(i int) bool { return c.wanted[i].first+c.wanted[i].n > cl.first })
+	for ; i < len(c.wanted) && c.wanted[i].first < cl.first+cl.n; i++ {
+		w := c.wanted[i]
+		for b, end := max(w.first, cl.first), min(w.first+w.n, cl.first+cl.n); b < end; b++ {
+			at := w.index + b - w.first
+			if c.taken[at/64]>>(at%64)&1 != 0 {
+				continue
+			}
+			c.taken[at/64] |= 1 << (at % 64)
+			c.left--
+			c.add(claim{first: b, n: 1, kind: cl.kind, ino: cl.ino, logical: cl.logical + b - cl.first})
+			took = true
+		}
+	}
+	return took
+}
+
+// wants reports whether a block is wanted, taken or not.
+func (c *claims) wants(b uint64) bool {
+	i := sort.Search(len(c.wanted), func(i int) bool { return c.wanted[i].first+c.wanted[i].n > b })
+	return i < len(c.wanted) && c.wanted[i].first <= b
+}
+
+// add records a claim, joined to the last where it continues it.
+func (c *claims) add(cl claim) {
+	if n := len(c.found); n > 0 {
+		last := &c.found[n-1]
+		if last.first+last.n == cl.first && last.kind == cl.kind && last.ino == cl.ino &&
+			(!cl.kind.inFile() || last.logical+last.n == cl.logical) {
+			last.n += cl.n
+			return
+		}
+	}
+	c.found = append(c.found, cl)
+}
+
+// inFile reports whether blocks of the kind have a place in their file.
+func (k Kind) inFile() bool { return k >= KindData && k <= KindSymlink }
+
+// search asks inodes until no wanted block is left.
+func (c *claims) search(hints []uint32) error {
+	for _, ino := range append(hints, c.fs.fc.touched()...) {
+		n, err := c.fs.Inode(ino)
+		if isNotExist(err) {
+			continue
+		}
+		if err != nil {
+			return err
+		}
+		if _, err := c.inode(n); err != nil {
+			return err
+		}
+	}
+	for _, ino := range []uint32{journalIno, resizeIno, badBlocksIno} {
+		if c.left > 0 {
+			if err := c.special(ino); err != nil {
+				return err
+			}
+		}
+	}
+	_, err := c.scan(false)
+	return err
+}
+
+// special asks an inode that no directory names and that may be unused.
+func (c *claims) special(ino uint32) error {
+	raw, err := c.fs.rawInode(ino)
+	if err != nil {
+		return err
+	}
+	n, err := c.fs.parseInode(ino, raw)
+	if err != nil {
+		return err
+	}
+	_, err = c.inode(n)
+	return err
+}
+
+// scan asks all inodes, those near the wanted blocks first, until no block is
+// left, or to the end if all is set. It returns those that took a block or
+// share one.
+func (c *claims) scan(all bool) (takers []uint32, err error) {
+	for _, g := range c.groups() {
+		for n, err := range c.fs.groupInodes(g) {
+			if c.left == 0 && !all {
+				return takers, nil
+			}
+			if err != nil {
+				return nil, err
+			}
+			took, err := c.inode(n)
+			if err != nil {
+				return nil, err
+			}
+			if took {
+				takers = append(takers, n.Ino)
+			}
+		}
+	}
+	return takers, nil
+}
+
+// groups returns all block groups, those that wanted blocks lie in first.
+func (c *claims) groups() []uint64 {
+	sb := c.fs.sb
+	var out []uint64
+	near := make([]bool, sb.groups)
+	for _, w := range c.wanted {
+		first := max(w.first, sb.firstDataBlock)
+		if first >= w.first+w.n {
+			continue
+		}
+		for g := sb.groupOf(first); g <= sb.groupOf(w.first+w.n-1); g++ {
+			if !near[g] {
+				near[g] = true
+				out = append(out, g)
+			}
+		}
+	}
+	for g := range sb.groups {
+		if !near[g] {
+			out = append(out, g)
+		}
+	}
+	return out
+}
+
+// inode gives to an inode what it claims, and reports whether it has any
+// wanted block that nobody had, or wanted attributes.
+func (c *claims) inode(n *Inode) (took bool, err error) {
+	data, node := c.fs.kinds(n)
+	err = n.walkMap(func(r run) error {
+		took = c.take(claim{first: r.phys, n: r.n, kind: data, ino: n.Ino, logical: r.logical}) || took
+		return nil
+	}, func(b uint64) error {
+		took = c.take(claim{first: b, n: 1, kind: node, ino: n.Ino}) || took
+		return nil
+	})
+	if err != nil {
+		return false, fmt.Errorf("inode %d: %w", n.Ino, err)
+	}
+	if b := n.xattrBlock; b != 0 && c.wants(b) {
+		c.take(claim{first: b, n: 1, kind: KindXattr, ino: n.Ino})
+		took = true
+	}
+	return took, nil
+}
+
+// kinds returns what the blocks of an inode, and those of its map, are.
+func (f *FS) kinds(n *Inode) (data, node Kind) {
+	sb := f.sb
+	switch {
+	case n.Ino == sb.journalIno && n.Ino != 0:
+		return KindJournal, KindJournal
+	case n.Ino == resizeIno:
+		return KindDescriptors, KindDescriptors
+	case n.Ino != RootIno && n.Ino < sb.firstIno, n.Ino == sb.orphanIno, slices.Contains(sb.quotaInos[:], n.Ino):
+		return KindReserved, KindReserved
+	case n.Flags&FlagEAInode != 0:
+		return KindXattr, KindXattr
+	case n.IsDir():
+		return KindDirectory, KindMap
+	case n.IsSymlink():
+		return KindSymlink, KindMap
+	}
+	return KindData, KindMap
+}
+
+// owners returns what was found, in bytes and cut to the ranges, with what was
+// not found filled in.
+func (c *claims) owners(ranges []Range) []Owner {
+	slices.SortFunc(c.found, func(a, b claim) int { return cmp.Compare(a.first, b.first) })
+	bs := int64(c.fs.sb.blockSize)
+	end := int64(c.fs.sb.blocks) * bs
+	var out []Owner
+	i := 0
+	for _, r := range ranges {
+		for at := r.Off; at < r.Off+r.N; {
+			o := Owner{Range: Range{at, r.Off + r.N - at}, Kind: KindOutside}
+			for i < len(c.found) && int64(c.found[i].first+c.found[i].n)*bs <= at {
+				i++
+			}
+			switch {
+			case at >= end:
+			case i == len(c.found) || int64(c.found[i].first)*bs > at:
+				o.Kind = KindUnknown
+				o.N = min(o.N, end-at)
+				if i < len(c.found) {
+					o.N = min(o.N, int64(c.found[i].first)*bs-at)
+				}
+			default:
+				cl := c.found[i]
+				o.Kind, o.Ino = cl.kind, cl.ino
+				o.N = min(o.N, int64(cl.first+cl.n)*bs-at)
+				if cl.kind.inFile() {
+					o.FileOff = int64(cl.logical)*bs + at - int64(cl.first)*bs
+				}
+			}
+			out = append(out, o)
+			at += o.N
+		}
+	}
+	return out
+}
+
+// A metaRange is blocks of the file system's own metadata.
+type metaRange struct {
+	first, n uint64
+	kind     Kind
+	group    uint64
+}
+
+// computeLayout returns where the file system's metadata lies, sorted.
+func (f *FS) computeLayout() ([]metaRange, error) {
+	sb := f.sb
+	var out []metaRange
+	add := func(first, n uint64, kind Kind, g uint64) {
+		if first < sb.blocks && n > 0 {
+			out = append(out, metaRange{first, min(n, sb.blocks-first), kind, g})
+		}
+	}
+	add(0, sb.firstDataBlock, KindSuperblock, 0)
+	if sb.mmpBlock != 0 {
+		add(sb.mmpBlock, 1, KindMMP, 0)
+	}
+	for g := range sb.groups {
+		d, err := f.group(g)
+		if err != nil {
+			return nil, err
+		}
+		first, head := sb.firstBlock(g), sb.headBlocks(g)
+		if sb.hasSuper(g) {
+			add(first, 1, KindSuperblock, g)
+			first, head = first+1, head-1
+		}
+		add(first, head, KindDescriptors, g)
+		add(d.blockBitmap, 1, KindBlockBitmap, g)
+		add(d.inodeBitmap, 1, KindInodeBitmap, g)
+		add(d.inodeTable, f.tableBlocks, KindInodeTable, g)
+	}
+	slices.SortFunc(out, func(a, b metaRange) int { return cmp.Compare(a.first, b.first) })
+	return out, nil
+}
+
