@@ -160,7 +160,8 @@ func TestAgainstModel(t *testing.T) {
 		} {
 			t.Run(fmt.Sprintf("%v/%s", s, name), func(t *testing.T) {
 				dev := newMemDevice(testSize + 513)
-				compareWithModel(t, serveDevice(t, prepare(dev)).dial(s), bytes.Clone(dev.data))
+				model := bytes.Clone(dev.data)
+				compareWithModel(t, serveDevice(t, prepare(dev)).dial(s), model)
 				eventually(t, "every session is told Done", func() bool { return dev.shown.Load() == 0 })
 			})
 		}
