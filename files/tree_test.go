@@ -23,6 +23,15 @@ const toolTimeout = 60 * time.Second
 // absent or fails, or that takes too long, ends the test.
 func run(t testing.TB, name string, args ...string) string {
 	t.Helper()
+	out, err := command(name, args...)
+	if err != nil {
+		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
+	}
+	return out
+}
+
+// command runs a tool, at most for toolTimeout.
+func command(name string, args ...string) (output string, err error) {
 	path, err := exec.LookPath(name)
 	if err != nil {
 		path = filepath.Join("/usr/sbin", name)
@@ -35,10 +44,7 @@ func run(t testing.TB, name string, args ...string) string {
 	cmd.WaitDelay = time.Second
 	cmd.Env = append(os.Environ(), "LC_ALL=C.UTF-8", "MTOOLS_SKIP_CHECK=1")
 	out, err := cmd.CombinedOutput()
-	if err != nil {
-		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
-	}
-	return string(out)
+	return string(out), err
 }
 
 // imageFile is a file as an image.

@@ -1,0 +1,320 @@
+package files
+
+import (
+	"archive/tar"
+	"bytes"
+	"errors"
+	"flag"
+	"io"
+	"io/fs"
+	"math/rand/v2"
+	"os"
+	"path"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+var seed = flag.Uint64("files.seed", 0, "seed of the random trees; 0 takes one from the clock")
+
+// newRand returns random numbers whose seed a failing test prints.
+func newRand(t *testing.T) *rand.Rand {
+	s := *seed
+	if s == 0 {
+		s = uint64(time.Now().UnixNano())
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("run again with -files.seed=%d", s)
+		}
+	})
+	return rand.New(rand.NewPCG(s, s))
+}
+
+// Random changes by the kernel: the fast way finds what comparing everything
+// finds, and both what rsync finds between the mounted images. The layer
+// applied to the old tree gives the new one.
+func TestCompare(t *testing.T) {
+	for _, c := range []struct {
+		name    string
+		unclean bool
+		mkfs    []string
+	}{
+		{"ext4", false, []string{"-t", "ext4"}},
+		{"ext4 unclean", true, []string{"-t", "ext4"}},
+		{"ext4 1k blocks", true, []string{"-t", "ext4", "-b", "1024", "-I", "128"}},
+		{"ext4 inline", false, []string{"-t", "ext4", "-O", "inline_data,^resize_inode"}},
+		{"ext2", false, []string{"-t", "ext2"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			rng := newRand(t)
+			p := makePair(t, rng, 48<<20, 300, 120, c.unclean, c.mkfs...)
+			flat := compareBothWays(t, p, true)
+			compareBothWays(t, p, false)
+			compareRsync(t, p, flat)
+			checkLayer(t, p, flat)
+		})
+	}
+}
+
+// compareBothWays compares a pair fast and wholly and returns the fast result.
+func compareBothWays(t *testing.T, p pairOf, noRenames bool) *Result {
+	t.Helper()
+	var got [2]*Result
+	for i, all := range []bool{false, true} {
+		r, err := Compare(openImage(t, p.old), openImage(t, p.new), Options{Changed: p.changed, All: all, NoRenames: noRenames})
+		if err != nil {
+			t.Fatalf("compare (all=%v): %v", all, err)
+		}
+		if r.Fast == all {
+			t.Fatalf("all=%v: compared with fast=%v", all, r.Fast)
+		}
+		got[i] = r
+	}
+	fast, all := describe(got[0].Changes), describe(got[1].Changes)
+	if !slices.Equal(fast, all) {
+		t.Errorf("fast finds otherwise than comparing all\nonly fast:\n%s\nonly all:\n%s", onlyIn(fast, all), onlyIn(all, fast))
+	}
+	if len(fast) == 0 {
+		t.Error("no change at all")
+	}
+	return got[0]
+}
+
+// compareRsync compares a result without renames with what rsync -i says.
+func compareRsync(t *testing.T, p pairOf, r *Result) {
+	old, _ := mount(t, scratch(t, p.old), "ro")
+	// A copy whose journal the kernel replays.
+	recovered := scratch(t, p.new)
+	_, unmount := mount(t, recovered, "rw")
+	unmount()
+	new, _ := mount(t, recovered, "ro")
+	out := run(t, "rsync", "-naHAXc", "--delete", "-i", "--modify-window=-1", new+"/", old+"/")
+	want, got := rsyncLines(out, r.Links), ourLines(r.Changes, r.Links)
+	if !slices.Equal(got, want) {
+		t.Errorf("rsync disagrees\nonly ours:\n%s\nonly rsync's:\n%s", onlyIn(got, want), onlyIn(want, got))
+	}
+}
+
+func scratch(t *testing.T, image string) string {
+	name := filepath.Join(t.TempDir(), "copy.img")
+	run(t, "cp", "--sparse=always", image, name)
+	return name
+}
+
+// rsyncLines makes "path status [aspects]" of rsync's lines. A changed file with
+// several names is named by the first, without aspects: rsync tells them for
+// any one of the names.
+func rsyncLines(out string, links map[uint64][]string) []string {
+	byPath := map[string]string{}
+	for line := range strings.Lines(out) {
+		flags, name, ok := strings.Cut(strings.TrimSuffix(line, "\n"), " ")
+		if !ok {
+			continue
+		}
+		name, _, _ = strings.Cut(strings.TrimLeft(name, " "), " => ")
+		if flags[1] == 'L' {
+			name, _, _ = strings.Cut(name, " -> ")
+		}
+		name = path.Join("/", name)
+		switch {
+		case flags == "*deleting":
+			if byPath[name] == "" {
+				byPath[name] = "removed"
+			}
+		case flags[2] == '+':
+			byPath[name] = "added"
+		default:
+			noteChanged(byPath, name, rsyncAspects(flags), links)
+		}
+	}
+	return pathLines(byPath)
+}
+
+func noteChanged(byPath map[string]string, name string, a Aspect, links map[uint64][]string) {
+	for _, paths := range links {
+		if len(paths) > 1 && slices.Contains(paths, name) {
+			byPath[paths[0]+" and others"] = "changed"
+			return
+		}
+	}
+	byPath[name] = "changed " + a.String()
+}
+
+// rsyncAspects turns YXcstpoguax into aspects.
+func rsyncAspects(flags string) (a Aspect) {
+	aspects := map[rune]Aspect{'c': Content, 's': Content, 't': Time, 'p': Mode, 'o': Owner, 'g': Group, 'a': Xattrs, 'x': Xattrs}
+	for _, c := range flags[2:] {
+		a |= aspects[c]
+	}
+	return a
+}
+
+func ourLines(changes []*Change, links map[uint64][]string) []string {
+	byPath := map[string]string{}
+	for _, ch := range changes {
+		switch {
+		case ch.Status == Added || ch.Status == Removed && byPath[ch.Path] == "":
+			byPath[ch.Path] = ch.Status.String()
+		case ch.Status != Removed:
+			a := ch.Differ
+			if a&contents != 0 {
+				a = a&^contents | Content
+			}
+			noteChanged(byPath, ch.Path, a, links)
+		}
+	}
+	return pathLines(byPath)
+}
+
+func pathLines(byPath map[string]string) []string {
+	var out []string
+	for name, what := range byPath {
+		out = append(out, name+" "+what)
+	}
+	slices.Sort(out)
+	return out
+}
+
+// checkLayer applies a layer to the old tree and compares it with the new one.
+func checkLayer(t *testing.T, p pairOf, r *Result) {
+	newFS := openImage(t, p.new)
+	var layer bytes.Buffer
+	if _, err := r.WriteTar(&layer, newFS); err != nil {
+		t.Fatal(err)
+	}
+	old := scratch(t, p.old)
+	dir, unmount := mount(t, old, "user_xattr,acl")
+	applyLayer(t, dir, layer.Bytes())
+	unmount()
+	left, err := Compare(openImage(t, old), newFS, Options{All: true, NoRenames: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, ch := range left.Changes {
+		t.Errorf("after the layer: %v", ch)
+	}
+}
+
+// applyLayer removes what the layer's whiteouts name and has tar unpack the
+// rest.
+func applyLayer(t *testing.T, dir string, layer []byte) {
+	t.Helper()
+	for r := tar.NewReader(bytes.NewReader(layer)); ; {
+		h, err := r.Next()
+		if errors.Is(err, io.EOF) {
+			break
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		at := filepath.Join(dir, h.Name)
+		if parent, name := filepath.Split(at); strings.HasPrefix(name, whiteout) {
+			if err := os.RemoveAll(filepath.Join(parent, name[len(whiteout):])); err != nil {
+				t.Fatal(err)
+			}
+			continue
+		}
+		// What has another type than the file in the layer makes room for it;
+		// attributes that the layer does not have are gone.
+		if info, err := os.Lstat(at); err == nil && (info.IsDir() != (h.Typeflag == tar.TypeDir) || !info.IsDir()) {
+			if err := os.RemoveAll(at); err != nil {
+				t.Fatal(err)
+			}
+		}
+		clearXattrs(t, at)
+	}
+	file := filepath.Join(t.TempDir(), "layer.tar")
+	if err := os.WriteFile(file, layer, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	run(t, "tar", "-C", dir, "-x", "--numeric-owner", "-p", "--xattrs", "--xattrs-include=*", "--exclude=.wh.*", "-f", file)
+}
+
+func clearXattrs(t *testing.T, name string) {
+	t.Helper()
+	if _, err := os.Lstat(name); errors.Is(err, fs.ErrNotExist) {
+		return
+	}
+	buf := make([]byte, 64<<10)
+	n, err := unix.Llistxattr(name, buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for attr := range strings.SplitSeq(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00") {
+		if attr != "" {
+			if err := unix.Lremovexattr(name, attr); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+}
+
+// The counts of differing bytes are those of a loop over the bytes.
+func TestCountDiffering(t *testing.T) {
+	rng := newRand(t)
+	for range 200 {
+		a := randomBytes(rng, rng.IntN(9000))
+		b := bytes.Clone(a)
+		want := int64(0)
+		for range rng.IntN(50) {
+			if len(b) > 0 {
+				b[rng.IntN(len(b))] ^= byte(1 + rng.IntN(255))
+			}
+		}
+		for i := range a {
+			if a[i] != b[i] {
+				want++
+			}
+		}
+		if got := countDiffering(a, b); got != want {
+			t.Fatalf("%d bytes differ, counted %d", want, got)
+		}
+	}
+}
+
+// A text's difference reads as diff -u writes it.
+func TestContent(t *testing.T) {
+	images := [2]string{}
+	for i, tree := range []map[string]string{
+		{"a": "one\ntwo\nthree\n", "b": "same", "bin": "\x00a", "gone": "x\n"},
+		{"a": "one\n2\nthree\n", "b": "same", "bin": "\x00b", "new": "no newline"},
+	} {
+		dir := t.TempDir()
+		for name, text := range tree {
+			if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+				t.Fatal(err)
+			}
+			if err := os.Chtimes(filepath.Join(dir, name), time.Unix(0, 0), time.Unix(0, 0)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if err := os.Chtimes(dir, time.Unix(0, 0), time.Unix(0, 0)); err != nil {
+			t.Fatal(err)
+		}
+		images[i] = filepath.Join(t.TempDir(), "image")
+		run(t, "mksquashfs", dir, images[i], "-no-progress")
+	}
+	r, err := Compare(openImage(t, images[0]), openImage(t, images[1]), Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var out bytes.Buffer
+	if err := r.WriteContent(&out, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	want := "--- a/a\n+++ b/a\n@@ -1,3 +1,3 @@\n one\n-two\n+2\n three\n" +
+		"Files a/bin and b/bin differ\n" +
+		"--- a/gone\n+++ /dev/null\n@@ -1 +0,0 @@\n-x\n" +
+		"--- /dev/null\n+++ b/new\n@@ -0,0 +1 @@\n+no newline\n\\ No newline at end of file\n"
+	if out.String() != want {
+		t.Errorf("got\n%s\nexpected\n%s", out.String(), want)
+	}
+	if got, want := r.Changes[0].String(), "modified   /a  (10 bytes)"; got != want {
+		t.Errorf("the first change reads %q, expected %q", got, want)
+	}
+}
