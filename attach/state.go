@@ -1,0 +1,152 @@
+package attach
+
+import (
+	"cmp"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// Drivers of a State.
+const (
+	DriverNBD  = "nbd"
+	DriverLoop = "loop"
+)
+
+// A State is what other processes have to know of an attached device.
+type State struct {
+	Device      string        `json:"device"` // /dev/nbd3
+	Driver      string        `json:"driver"`
+	UUID        string        `json:"uuid"` // the store's
+	PID         int           `json:"pid"`  // of the process that holds the device
+	ServerPID   int           `json:"server_pid,omitempty"`
+	Executable  string        `json:"executable"` // of PID
+	Base        string        `json:"base"`
+	COW         string        `json:"cow"`
+	Size        int64         `json:"size"`
+	Connections int           `json:"connections,omitempty"`
+	BlockSize   int           `json:"block_size"`
+	Timeout     time.Duration `json:"timeout_ns,omitempty"`
+	DeadTimeout time.Duration `json:"dead_timeout_ns,omitempty"`
+	Flags       []string      `json:"flags,omitempty"` // of the command line, for who opens the store again
+	FuseDir     string        `json:"fuse_dir,omitempty"`
+	Mounts      []string      `json:"mounts,omitempty"` // made by cowdev mount
+	Started     time.Time     `json:"started"`
+}
+
+// Alive reports whether the process that holds the device lives.
+func (s *State) Alive() bool { return alive(s.PID) }
+
+// alive reports whether pid is a process, and no zombie.
+func alive(pid int) bool {
+	if pid <= 0 || unix.Kill(pid, 0) == unix.ESRCH {
+		return false
+	}
+	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
+	if err != nil {
+		return false
+	}
+	_, rest, _ := strings.Cut(string(stat), ") ")
+	return !strings.HasPrefix(rest, "Z") && !strings.HasPrefix(rest, "X")
+}
+
+// DefaultStates is where states are kept: it is empty after a boot, as the
+// devices are gone.
+const DefaultStates States = "/run/cowdev"
+
+// ErrNotAttached says that no state tells of what was asked for.
+var ErrNotAttached = errors.New("not attached")
+
+// States is a directory of states, a file for each device.
+type States string
+
+func (d States) path(device string) string {
+	return filepath.Join(string(d), filepath.Base(device)+".json")
+}
+
+// Save writes s, in the place of what was said of its device.
+func (d States) Save(s *State) error {
+	if err := os.MkdirAll(string(d), 0o755); err != nil {
+		return err
+	}
+	b, err := json.MarshalIndent(s, "", "  ")
+	if err != nil {
+		return err
+	}
+	path := d.path(s.Device)
+	tmp := fmt.Sprintf("%s.%d", path, os.Getpid())
+	if err := os.WriteFile(tmp, append(b, '\n'), 0o644); err != nil {
+		return err
+	}
+	return os.Rename(tmp, path)
+}
+
+// Remove forgets a device.
+func (d States) Remove(device string) error {
+	err := os.Remove(d.path(device))
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	return err
+}
+
+// List returns all states, by the device's name. Files that are none are
+// skipped.
+func (d States) List() ([]*State, error) {
+	names, err := filepath.Glob(filepath.Join(string(d), "*.json"))
+	if err != nil {
+		return nil, err
+	}
+	var states []*State
+	for _, name := range names {
+		b, err := os.ReadFile(name)
+		if err != nil {
+			continue // gone meanwhile
+		}
+		s := new(State)
+		if json.Unmarshal(b, s) == nil && d.path(s.Device) == name {
+			states = append(states, s)
+		}
+	}
+	slices.SortFunc(states, func(a, b *State) int { return cmp.Compare(a.Device, b.Device) })
+	return states, nil
+}
+
+// Find returns the state of a device, of the device that a store is attached
+// to, or of the one on which DIR was mounted by cowdev. It wraps
+// ErrNotAttached when there is none.
+func (d States) Find(what string) (*State, error) {
+	states, err := d.List()
+	if err != nil {
+		return nil, err
+	}
+	path := what
+	if abs, err := filepath.Abs(what); err == nil {
+		path = abs
+	}
+	for _, s := range states {
+		if s.Device == path || s.COW == path || slices.Contains(s.Mounts, path) || sameFile(s.COW, path) {
+			return s, nil
+		}
+	}
+	return nil, fmt.Errorf("%s: %w, or not by cowdev", what, ErrNotAttached)
+}
+
+func sameFile(a, b string) bool {
+	x, err := os.Stat(a)
+	if err != nil {
+		return false
+	}
+	y, err := os.Stat(b)
+	return err == nil && os.SameFile(x, y)
+}
+
+func writeProc(name, value string) error { return os.WriteFile(name, []byte(value), 0) }
