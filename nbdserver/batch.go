@@ -20,7 +20,6 @@ type batch struct {
 	vecs   [][]byte
 	head   []byte
 	open   bool // the last of vecs is the end of head
-	viewed bool // some of vecs are from the device's session
 	data   int  // bytes of data in vecs
 	copied *buffer
 	used   int // bytes of copied
@@ -89,7 +88,7 @@ func (b *batch) cut(m mark) {
 
 // show makes vecs, which a session appended n bytes to, the batch's.
 func (b *batch) show(vecs [][]byte, n int) {
-	b.vecs, b.open, b.viewed = vecs, false, true
+	b.vecs, b.open = vecs, false
 	b.data += n
 }
 

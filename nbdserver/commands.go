@@ -10,6 +10,7 @@ import (
 // What is done on the connection's own goroutine.
 const (
 	maxInlineWrite = 64 << 10             // bytes of a payload that is waited for whole in the receive buffer
+	maxInlineRead  = 1 << 20              // bytes of a READ
 	maxInlineZero  = 1 << 20              // bytes of a TRIM or WRITE_ZEROES
 	maxBuffered    = 1 << 20              // bytes of a WRITE that may wait in a worker
 	quickSync      = 2 * time.Millisecond // a flush that is followed by nothing, when the last took less
@@ -19,26 +20,29 @@ const (
 // holds, cut where chunks end.
 const writePiece = 128 << 10
 
-// read answers a READ whose bytes are in memory; others go to a worker.
+// read answers a READ whose bytes are in memory; others, and those so large
+// that pinning or copying them would break the bound of memory, go to a worker.
 func (c *conn) read(r *request) error {
 	if r.n == 0 {
 		c.succeed(r)
 		return nil
 	}
+	if c.view == nil || r.n > maxInlineRead {
+		return c.start(newJob(c, r), readBuffer(r))
+	}
 	b := c.batch()
-	if c.view != nil {
-		m := b.mark()
-		b.wrote(c.appendData(b.head, r, nbd.ReplyFlagDone, r.off, int(r.n)))
-		vecs, ok := c.view.View(b.vecs, r.off, r.n)
-		if ok && c.in.raw != nil {
-			b.show(vecs, int(r.n))
-			c.count.read += uint64(r.n)
-			return nil
-		}
-		b.cut(m)
-		if ok {
-			return c.readCopied(r)
-		}
+	m := b.mark()
+	b.wrote(c.appendData(b.head, r, nbd.ReplyFlagDone, r.off, int(r.n)))
+	c.viewed = true
+	vecs, ok := c.view.View(b.vecs, r.off, r.n)
+	if ok && c.in.raw != nil {
+		b.show(vecs, int(r.n))
+		c.count.read += uint64(r.n)
+		return nil
+	}
+	b.cut(m)
+	if ok {
+		return c.readCopied(r)
 	}
 	return c.start(newJob(c, r), readBuffer(r))
 }
@@ -46,7 +50,8 @@ func (c *conn) read(r *request) error {
 // readCopied answers a READ, whose bytes a view has shown to be in memory, on
 // a connection that needs a copy of them: code must not touch mapped bytes.
 func (c *conn) readCopied(r *request) error {
-	c.view.Done()
+	c.done()
+	c.viewed = false
 	p := c.b.space(int(r.n))
 	if p == nil {
 		return c.start(newJob(c, r), readBuffer(r))

@@ -40,7 +40,9 @@ type conn struct {
 
 	session
 	size   int64
-	view   block.Session // nil where the device or the connection cannot use one
+	view   block.Session // nil where the device has none
+	done   func()        // view.Done
+	viewed bool          // view was asked since the last done
 	in     input
 	out    output
 	b      *batch       // replies that have not been sent; nil if there are none
@@ -123,6 +125,7 @@ func (c *conn) transmission(agreed session) error {
 	defer c.in.release()
 	if dev, ok := agreed.export.Device.(block.Sessioner); ok {
 		c.view = dev.Session()
+		c.done = c.view.Done
 		defer c.view.Close()
 	}
 	c.transmitting.Store(true)
@@ -304,18 +307,25 @@ func (c *conn) logDevice(r *request, err error) {
 	}
 }
 
-// flush sends the replies of the batch.
+// flush sends the replies of the batch, and lets go of the views in it.
 func (c *conn) flush() error {
 	c.leave()
 	c.count.addTo(&c.srv.count)
+	viewed := c.viewed
+	c.viewed = false
 	if c.b == nil {
+		if viewed {
+			c.done()
+		}
 		return nil
 	}
 	b := c.b
 	c.b = nil
-	err := c.out.send(b.vecs, &b.iov)
-	if b.viewed {
-		c.view.Done()
+	var err error
+	if viewed {
+		err = c.out.sendShown(b.vecs, &b.iov, c.done)
+	} else {
+		err = c.out.send(b.vecs, &b.iov)
 	}
 	putBatch(b)
 	return c.sendError(err)

@@ -200,25 +200,61 @@ func (j *job) readInto(p []byte, off int64) (got int, err error) {
 	return got, err
 }
 
-// readChunks answers with a chunk a piece, and an error in place of the one
-// that cannot be read.
+// readChunks answers piece by piece, with chunks of data and of holes, and
+// with an error in place of what cannot be read.
 func (j *job) readChunks(buf []byte) error {
 	end := j.req.off + j.req.n
-	for off := j.req.off; off < end; off += readPiece {
-		p := buf[:min(readPiece, end-off)]
-		if got, err := j.readInto(p, off); err != nil {
-			return j.failAt(err, off+int64(got))
-		}
+	for off := j.req.off; off < end; {
+		run := j.runAt(off, min(readPiece, end-off))
 		var flags uint16
-		if off+readPiece >= end {
+		if run.End() == end {
 			flags = nbd.ReplyFlagDone
 		}
-		j.c.srv.count.bytesRead.Add(uint64(len(p)))
-		if err := j.send(j.c.appendData(j.head[:0], &j.req, flags, off, len(p)), p); err != nil {
+		var head, data []byte
+		if run.Hole {
+			head = j.c.appendHole(j.head[:0], &j.req, flags, off, int(run.N))
+		} else {
+			data = buf[:run.N]
+			if got, err := j.readInto(data, off); err != nil {
+				return j.failAt(err, off+int64(got))
+			}
+			head = j.c.appendData(j.head[:0], &j.req, flags, off, len(data))
+		}
+		if err := j.send(head, data); err != nil {
 			return err
 		}
+		j.c.srv.count.bytesRead.Add(uint64(run.N))
+		off = run.End()
 	}
 	return nil
+}
+
+// minHole is the least hole in bytes that is worth a chunk of its own.
+const minHole = 64 << 10
+
+// runAt returns the run at off, of at most n bytes, that is one chunk of a
+// reply: all of it a hole, or to be sent as data.
+func (j *job) runAt(off, n int64) block.Extent {
+	var extents []block.Extent
+	err := j.inDevice(func(d block.Device) (err error) {
+		extents, err = d.Extents(off, n, maxExtentsOne)
+		return err
+	})
+	run := block.Extent{Off: off, N: n}
+	if err != nil {
+		return run // what cannot be read will be found when it is read
+	}
+	for i, e := range extents {
+		hole := e.Hole && e.N >= minHole
+		switch {
+		case i == 0 && hole:
+			return e
+		case hole:
+			run.N = e.Off - off
+			return run
+		}
+	}
+	return run
 }
 
 // readTwice proves that all can be read and then answers with one reply.
