@@ -1,0 +1,356 @@
+package exception
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+
+	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/internal/disk"
+)
+
+// A Problem is one thing that Check found.
+type Problem struct {
+	What string // one line: what is wrong, and where
+
+	// Harm says that bytes are lost or may be wrong. A problem without it
+	// costs space or safety only.
+	Harm bool
+
+	// Fix says what Repair would do, or is empty where nothing is provably
+	// safe.
+	Fix string
+
+	repair func(*repairer) error
+}
+
+// A Report is what Check found in a store.
+type Report struct {
+	Header   Header
+	Problems []Problem
+
+	Chunks  int64 // with an exception
+	Stored  int64 // blocks stored
+	Zero    int64 // blocks recorded as zeros
+	Slots   int64 // taken
+	Leaked  int64 // bytes of slots that nobody has
+	Records int   // in the log, to be replayed
+}
+
+// Harmed reports whether a problem does harm.
+func (r *Report) Harmed() bool {
+	return slices.ContainsFunc(r.Problems, func(p Problem) bool { return p.Harm })
+}
+
+// Check looks for everything that can be wrong in the store in f, and changes
+// nothing. Nobody else has the store open for writing. Its error is that of a
+// file which is no store, or cannot be read; damage is in the report.
+func Check(f disk.File) (*Report, error) {
+	h, copies, err := readSuper(f)
+	if err != nil {
+		return nil, err
+	}
+	c := &checker{f: f, h: h, report: &Report{Header: *h}, entries: make(map[block.Chunk]Entry)}
+	c.supers(copies)
+	if err := c.table(); err != nil {
+		return nil, err
+	}
+	if !h.Clean {
+		if err := c.log(); err != nil {
+			return nil, err
+		}
+	}
+	if err := c.slots(); err != nil {
+		return nil, err
+	}
+	return c.report, nil
+}
+
+type checker struct {
+	f       disk.File
+	h       *Header
+	report  *Report
+	entries map[block.Chunk]Entry
+	inline  *overlay
+}
+
+func (c *checker) add(p Problem) { c.report.Problems = append(c.report.Problems, p) }
+
+func (c *checker) harm(format string, args ...any) {
+	c.add(Problem{What: fmt.Sprintf(format, args...), Harm: true})
+}
+
+// supers holds the two superblocks against each other.
+func (c *checker) supers(copies []superCopy) {
+	for _, s := range copies {
+		if s.err == nil && s.header.UUID == c.h.UUID {
+			continue // the older of two generations is what a crash between them leaves
+		}
+		what := fmt.Sprintf("superblock at %d: not of this store", s.at)
+		if s.err != nil {
+			what = fmt.Sprintf("superblock at %d: %v", s.at, s.err)
+		}
+		at := s.at
+		c.add(Problem{What: what, Fix: "copy the other superblock over it", repair: func(r *repairer) error {
+			return r.write(encodeSuper(c.h, at), at)
+		}})
+	}
+}
+
+// table reads every sector of the table, also behind a bad one.
+func (c *checker) table() error {
+	end := tableOff + c.h.tableLen()
+	size, err := c.f.Size()
+	if err != nil {
+		return err
+	}
+	if size < end {
+		c.harm("the file ends at %d, inside the table, which ends at %d", size, end)
+		end = size / pageSize * pageSize
+	}
+	p := make([]byte, 256<<10)
+	for off := int64(tableOff); off < end; {
+		if off, err = c.f.NextData(off); err != nil {
+			return err
+		}
+		off = off / pageSize * pageSize
+		if off >= end {
+			return nil
+		}
+		q := p[:min(int64(len(p)), end-off)]
+		if n, err := c.f.ReadAt(q, off); n < len(q) {
+			c.harm("read the table at %d: %v", off, err)
+			clear(q[n:])
+		}
+		for i := 0; i < len(q); i += sectorSize {
+			c.sector(q[i:i+sectorSize], (off-tableOff+int64(i))/sectorSize)
+		}
+		off += int64(len(q))
+	}
+	return nil
+}
+
+func (c *checker) sector(p []byte, n int64) {
+	err := decodeSector(p, c.h.UUID, n, func(i int, e Entry) {
+		chunk := block.Chunk(n*sectorEntries + int64(i))
+		if err := e.validate(c.h, chunk); err != nil {
+			c.harm("table sector %d: %v", n, err)
+			return
+		}
+		c.entries[chunk] = e
+	})
+	if err != nil {
+		c.harm("%v", err)
+	}
+}
+
+// log replays the log over the entries.
+func (c *checker) log() error {
+	log, err := readLog(c.f, c.h)
+	if err != nil {
+		return err
+	}
+	records, _, err := scanLog(log, c.h)
+	if err != nil {
+		c.harm("%v", err)
+		return nil
+	}
+	c.report.Records = len(records)
+	c.inline = newOverlay(c.h.BlockSize())
+	for _, r := range records {
+		if r.flags&flagBarrier != 0 {
+			c.inline.clear()
+		}
+		data := r.data
+		for _, n := range r.runs {
+			for i := range n.count {
+				c.entries[n.chunk+block.Chunk(i)] = n.entry
+			}
+			data = c.inline.add(n, data)
+		}
+	}
+	return nil
+}
+
+// slots holds the entries against each other and against the file: a slot is
+// one chunk's, stored blocks are not holes, and what is not stored takes no
+// space.
+func (c *checker) slots() error {
+	owner := make(map[uint32]block.Chunk)
+	for chunk, e := range c.entries {
+		if e == 0 {
+			continue
+		}
+		c.report.Chunks++
+		c.report.Stored += int64(e.Stored().Count())
+		c.report.Zero += int64(e.Zero().Count())
+		if e.Slot() == 0 {
+			continue
+		}
+		c.report.Slots++
+		if other, taken := owner[e.Slot()]; taken {
+			c.harm("chunks %d and %d both have slot %d", min(chunk, other), max(chunk, other), e.Slot())
+		}
+		owner[e.Slot()] = chunk
+	}
+	return c.space(owner)
+}
+
+// space walks the data of the file's slots.
+func (c *checker) space(owner map[uint32]block.Chunk) error {
+	size, err := c.f.Size()
+	if err != nil {
+		return err
+	}
+	holes, knows := c.f.(interface {
+		NextHole(off int64) (int64, error)
+	})
+	var data spans
+	for off := c.h.slotsOff(); off < size; {
+		if off, err = c.f.NextData(off); err != nil {
+			return err
+		}
+		if off >= size {
+			break
+		}
+		end := off + pageSize
+		if knows {
+			if end, err = holes.NextHole(off); err != nil {
+				return err
+			}
+		}
+		end = min(max(end, off+1), size)
+		data.add(off, end)
+		off = end
+	}
+	for slot, chunk := range owner {
+		c.missing(slot, chunk, data, size)
+	}
+	c.leaks(owner, data)
+	return nil
+}
+
+// missing reports stored blocks that lie behind the file's end, or in a hole.
+func (c *checker) missing(slot uint32, chunk block.Chunk, data spans, size int64) {
+	bs := int64(c.h.BlockSize())
+	e := c.entries[chunk]
+	for b := range block.BlocksPerChunk {
+		if !e.Stored().Has(b) || c.inline != nil && c.inline.block(chunk, b) != nil {
+			continue
+		}
+		off := c.h.slotOff(slot) + int64(b)*bs
+		end := off + min(bs, c.h.Size-c.h.Offset(chunk)-int64(b)*bs)
+		switch {
+		case end > size:
+			c.harm("chunk %d: block %d of slot %d lies behind the file's end at %d", chunk, b, slot, size)
+		case c.h.Clean && !data.meets(off, end):
+			c.harm("chunk %d: block %d is stored in slot %d, but the file has a hole there", chunk, b, slot)
+		}
+	}
+}
+
+// leaks reports space of slots that no chunk has.
+func (c *checker) leaks(owner map[uint32]block.Chunk, data spans) {
+	base, size := c.h.slotsOff(), int64(c.h.ChunkSize)
+	var lost spans
+	for _, s := range data {
+		for off := s.off; off < s.end; {
+			slot := (off-base)/size + 1
+			end := min(base+slot*size, s.end)
+			if _, taken := owner[uint32(slot)]; !taken {
+				lost.add(off, end)
+				c.report.Leaked += end - off
+			}
+			off = end
+		}
+	}
+	if c.report.Leaked == 0 || !c.h.Clean {
+		return // after a crash they are taken again before new ones
+	}
+	c.add(Problem{
+		What:   fmt.Sprintf("%d bytes of slots that no chunk has", c.report.Leaked),
+		Fix:    "give them back",
+		repair: func(r *repairer) error { return r.punch(lost) },
+	})
+}
+
+// spans are ranges of the file in order, neighbours joined.
+type spans []span
+
+type span struct{ off, end int64 }
+
+func (s *spans) add(off, end int64) {
+	if n := len(*s); n > 0 && (*s)[n-1].end == off {
+		(*s)[n-1].end = end
+		return
+	}
+	*s = append(*s, span{off, end})
+}
+
+// meets reports whether a byte of [off, end) is in s.
+func (s spans) meets(off, end int64) bool {
+	i, _ := slices.BinarySearchFunc(s, off, func(x span, off int64) int {
+		if x.end <= off {
+			return -1
+		}
+		return 1
+	})
+	return i < len(s) && s[i].off < end
+}
+
+// Repair mends what is provably safe to mend of what Check reported, and
+// returns the problems it mended. What it overwrites it first writes to keep,
+// as lines that name the offset, each followed by the bytes. The store is open
+// nowhere else.
+func Repair(f disk.File, rep *Report, keep io.Writer) ([]Problem, error) {
+	r := &repairer{f: f, keep: keep}
+	var done []Problem
+	for _, p := range rep.Problems {
+		if p.repair == nil {
+			continue
+		}
+		if err := p.repair(r); err != nil {
+			return done, fmt.Errorf("repair %q: %w", p.What, err)
+		}
+		done = append(done, p)
+	}
+	return done, f.Sync()
+}
+
+type repairer struct {
+	f    disk.File
+	keep io.Writer
+}
+
+// save keeps n bytes at off.
+func (r *repairer) save(off, n int64) error {
+	if _, err := fmt.Fprintf(r.keep, "%d bytes at %d:\n", n, off); err != nil {
+		return err
+	}
+	if _, err := io.Copy(r.keep, io.NewSectionReader(r.f, off, n)); err != nil && !errors.Is(err, io.EOF) {
+		return err
+	}
+	_, err := io.WriteString(r.keep, "\n")
+	return err
+}
+
+func (r *repairer) write(p []byte, off int64) error {
+	if err := r.save(off, int64(len(p))); err != nil {
+		return err
+	}
+	_, err := r.f.WriteAt(p, off)
+	return err
+}
+
+func (r *repairer) punch(s spans) error {
+	for _, x := range s {
+		if err := r.save(x.off, x.end-x.off); err != nil {
+			return err
+		}
+		if err := r.f.PunchHole(x.off, x.end-x.off); err != nil {
+			return err
+		}
+	}
+	return nil
+}
