@@ -26,7 +26,7 @@ func Open(f disk.File, o Options) (*Store, error) {
 }
 
 func open(f disk.File, o Options) (*Store, error) {
-	h, _, err := readSuper(f)
+	h, copies, err := readSuper(f)
 	if err != nil {
 		return nil, err
 	}
@@ -37,6 +37,11 @@ func open(f disk.File, o Options) (*Store, error) {
 		o.Memory = Heap{}
 	}
 	s := newStore(f, h, o)
+	for _, c := range copies {
+		if c.header == h {
+			s.believed = c.at
+		}
+	}
 	if s.live, err = newLive(o.Memory, h.UUID, h.Chunks()); err != nil {
 		return nil, fmt.Errorf("memory for %d chunks: %w", h.Chunks(), err)
 	}

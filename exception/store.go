@@ -175,8 +175,9 @@ type Store struct {
 	beginMu sync.Mutex  // the session's start: recovery, a new epoch
 	started atomic.Bool // it is done
 
-	superMu sync.Mutex
-	header  Header
+	believed int64 // the offset of the superblock that Open took
+	superMu  sync.Mutex
+	header   Header
 
 	broken  atomic.Pointer[breakage]
 	adopted bool // the live table is that of a dead process
@@ -317,7 +318,8 @@ func (s *Store) writeSuper(change func(*Header)) error {
 	h := s.header
 	change(&h)
 	h.Generation++
-	for _, at := range []int64{superA, superB} {
+	// The copy that was believed comes last: the other may be torn.
+	for _, at := range []int64{superA + superB - s.believed, s.believed} {
 		if _, err := s.file.WriteAt(encodeSuper(&h, at), at); err != nil {
 			return s.fail("write superblock", err)
 		}
@@ -337,7 +339,7 @@ func (s *Store) Close() error {
 		s.ticker.Wait()
 	}
 	var err error
-	if s.started.Load() {
+	if s.started.Load() || s.adopted {
 		err = s.settle()
 	}
 	return errors.Join(err, s.drop(s.adoptable(err)))
@@ -363,7 +365,7 @@ func (s *Store) adoptable(err error) bool {
 	if s.broken.Load() != nil {
 		return true // so that the next open in this boot knows
 	}
-	return err != nil || !s.started.Load() && s.adopted
+	return err != nil
 }
 
 // Abandon closes the file and leaves everything as the death of the process

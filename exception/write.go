@@ -37,10 +37,12 @@ func (s *Store) Put(c block.Chunk, off int, p []byte) error {
 	}
 	at := s.slotsOff + int64(slot-1)*int64(s.geo.ChunkSize) + int64(off)
 	if _, err := s.file.WriteAt(p, at); err != nil {
+		// What was overwritten before the error can be read, so it is durable
+		// after the next Flush, as all that is read.
+		s.live.mark(c, touched&e.Stored())
 		if e.Slot() == 0 {
 			// What was written goes with the slot, which is punched before
 			// anybody takes it again.
-			s.live.mark(c, 0)
 			s.slots.drop(slot)
 		}
 		return fmt.Errorf("write chunk %d to the store at %d: %w", c, at, fullError(err))
