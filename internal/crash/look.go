@@ -1,0 +1,115 @@
+package crash
+
+import (
+	"errors"
+	"fmt"
+	"syscall"
+
+	"github.com/cowdev/cowdev/cow"
+	"github.com/cowdev/cowdev/exception"
+	"github.com/cowdev/cowdev/internal/disktest"
+)
+
+// opened is a store that was opened after a death, on a copy of its file.
+type opened struct {
+	file  *disktest.File
+	mem   *Memory
+	store *exception.Store
+	dev   *cow.Device
+	p     []byte // what the device read as
+}
+
+// take opens the store in a copy of f and reads all of its device. Nothing may
+// be written by that (6).
+func (w *world) take(f *disktest.File, m *Memory, readOnly bool) (*opened, error) {
+	w.stats.States++
+	o := &opened{file: f.Fork(nil), mem: m, p: make([]byte, w.geo.Size)}
+	var wrote error
+	o.file.OnStep = func(op disktest.Op, _ disktest.Phase) {
+		if op.Kind != disktest.Read {
+			wrote = fmt.Errorf("opening and reading it does this to the file: %v", op)
+		}
+	}
+	var err error
+	if o.store, o.dev, err = w.open(o.file, m, readOnly); err != nil {
+		return nil, err
+	}
+	if _, err = o.dev.ReadAt(o.p, 0); err == nil {
+		err = wrote
+	}
+	o.file.OnStep = nil
+	if err != nil {
+		o.store.Abandon()
+		return nil, err
+	}
+	return o, nil
+}
+
+// look opens what a death left and compares it with the oracle. It may go on
+// through the recovery, and look at deaths in the middle of that.
+func (w *world) look(a *after, through bool) error {
+	readOnly := !through && a.rule == Power && w.rng.IntN(2) == 0
+	o, err := w.take(a.file, a.mem, readOnly)
+	if err != nil {
+		return err
+	}
+	defer o.store.Abandon()
+	if err := w.oracle.Check(o.p, a.rule); err != nil {
+		return err
+	}
+	if !through {
+		return nil
+	}
+	return w.recovery(o)
+}
+
+// recovery lets the store end its recovery, and dies in the middle of it.
+// Another process must find what this one found; so must the next boot, if all
+// of it is on the disk already, or once the recovery has ended. Until then it
+// finds what it would have found without this recovery.
+func (w *world) recovery(o *opened) error {
+	found := NewOracle(o.p)
+	onDisk := o.file.Pending() == 0 && !o.store.Adopted()
+	var bad error
+	o.file.OnStep = func(op disktest.Op, phase disktest.Phase) {
+		if op.Kind == disktest.Read || bad != nil {
+			return
+		}
+		var err error
+		w.stats.Recovery++
+		switch {
+		case w.rng.IntN(3) == 0:
+			var m *Memory
+			f := o.file.Fork(func() { m = o.mem.Copy() })
+			err = w.compare(found, f, m, Process)
+		case onDisk:
+			err = w.compare(found, o.file.Crash(w.rng), NewMemory(), Power)
+		default:
+			err = w.compare(w.oracle, o.file.Crash(w.rng), NewMemory(), Power)
+		}
+		if err != nil {
+			bad = fmt.Errorf("death during recovery, in %v, %v: %w", op, phase, err)
+		}
+	}
+	err := o.dev.Flush()
+	o.file.OnStep = nil
+	if bad != nil || err != nil && !errors.Is(err, syscall.ENOSPC) {
+		return errors.Join(bad, err)
+	}
+	if err == nil {
+		if err = w.compare(found, o.file.Crash(w.rng), NewMemory(), Power); err != nil {
+			return fmt.Errorf("power cut after a recovery: %w", err)
+		}
+	}
+	return nil
+}
+
+// compare opens the store in f and compares its device with an oracle.
+func (w *world) compare(with *Oracle, f *disktest.File, m *Memory, rule Death) error {
+	o, err := w.take(f, m, false)
+	if err != nil {
+		return err
+	}
+	defer o.store.Abandon()
+	return with.Check(o.p, rule)
+}
