@@ -293,20 +293,12 @@ func (c *comparer) findOtherLinks(new extFS) error {
 			inos = append(inos, uint32(a.ID))
 		}
 	}
-	names, err := new.Names(inos, nil)
+	paths, err := new.paths(inos)
 	if err != nil {
 		return fmt.Errorf("find the other names of files: %w", err)
 	}
-	for ino, list := range names {
-		var paths []string
-		for _, n := range list {
-			dir, err := new.DirPath(n.Dir)
-			if err != nil {
-				return err
-			}
-			paths = append(paths, path.Join("/", dir, n.Name))
-		}
-		c.links[uint64(ino)] = paths
+	for ino, list := range paths {
+		c.links[uint64(ino)] = list
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"path"
 	"slices"
 
 	"github.com/cowdev/cowdev/block"
@@ -125,6 +126,29 @@ func extPair(a, b FS) (old, new extFS, ok bool) {
 	new, okB := b.(extFS)
 	ok = okA && okB && old.Info().BlockSize == new.Info().BlockSize
 	return old, new, ok
+}
+
+// paths returns the paths of inodes, in order; none of one that has no name.
+func (f extFS) paths(inos []uint32) (map[uint32][]string, error) {
+	names, err := f.Names(inos, nil)
+	if err != nil {
+		return nil, err
+	}
+	out := map[uint32][]string{}
+	for _, ino := range inos {
+		if ino == ext4.RootIno {
+			out[ino] = []string{"/"}
+		}
+		for _, n := range names[ino] {
+			dir, err := f.DirPath(n.Dir)
+			if err != nil {
+				return nil, err
+			}
+			out[ino] = append(out[ino], path.Join("/", dir, n.Name))
+		}
+		slices.SortFunc(out[ino], comparePaths)
+	}
+	return out, nil
 }
 
 // has reports whether the file of that identity is there.
