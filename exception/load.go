@@ -197,7 +197,7 @@ func (ld *loader) table() error {
 	if err != nil {
 		return err
 	}
-	buf := make([]byte, 256<<10)
+	buf := make([]byte, min(256<<10, s.shape.tableLen()))
 	for off := int64(tableOff); ; {
 		if off, err = s.file.NextData(off); err != nil {
 			return fmt.Errorf("look for data in the table: %w", err)
