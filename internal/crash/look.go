@@ -72,7 +72,7 @@ func (w *world) recovery(o *opened) error {
 	onDisk := o.file.Pending() == 0 && !o.store.Adopted()
 	var bad error
 	o.file.OnStep = func(op disktest.Op, phase disktest.Phase) {
-		if op.Kind == disktest.Read || bad != nil {
+		if op.Kind == disktest.Read || bad != nil || w.rng.IntN(2) == 0 {
 			return
 		}
 		var err error

@@ -2,6 +2,9 @@ package crash
 
 import (
 	"flag"
+	"os"
+	"runtime"
+	"runtime/debug"
 	"testing"
 )
 
@@ -9,6 +12,13 @@ var seedFlag = flag.Uint64("seed", 0, "")
 var walksFlag = flag.Uint64("walks", 200, "")
 var clientsFlag = flag.Int("clients", 1, "")
 var faultsFlag = flag.Bool("faults", false, "")
+
+func TestMain(m *testing.M) {
+	// Walks make much garbage and hold little.
+	debug.SetGCPercent(1000)
+	runtime.MemProfileRate = 0
+	os.Exit(m.Run())
+}
 
 func TestWalk(t *testing.T) {
 	var sum Stats

@@ -337,7 +337,7 @@ func (w *world) probe() error {
 		d = Process
 		w.stats.Kills++
 	}
-	if err := w.look(w.cut(d, false), w.rng.IntN(4) == 0); err != nil {
+	if err := w.look(w.cut(d, false), w.rng.IntN(8) == 0); err != nil {
 		return fmt.Errorf("%v on a copy: %w", d, err)
 	}
 	return nil
