@@ -100,6 +100,24 @@ func (b *Base) Size() int64 { return b.size }
 // Disk returns the file below, which stays the base's.
 func (b *Base) Disk() *disk.OS { return b.f }
 
+// Guard takes from f, a new file that gets bytes of the base or what is written
+// over them, the permissions that the base does not give to others.
+func (b *Base) Guard(f *os.File) error {
+	base, err := b.f.File().Stat()
+	if err != nil {
+		return err
+	}
+	has, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	allowed := os.FileMode(0o600)
+	if !b.f.IsDevice() {
+		allowed |= base.Mode().Perm()
+	}
+	return f.Chmod(has.Mode().Perm() & allowed)
+}
+
 // ReadAt implements block.Reader.
 func (b *Base) ReadAt(p []byte, off int64) (int, error) {
 	if off >= b.size {

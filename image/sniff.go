@@ -2,12 +2,16 @@ package image
 
 import "bytes"
 
+// FormatStore is what Sniff calls a store of this project.
+const FormatStore = "a cowdev store"
+
 // Formats other than raw that an image's first bytes may show.
 var magics = []struct {
 	format string
 	at     int
 	magic  string
 }{
+	{FormatStore, 0, "cowdevCS"},
 	{"qcow2", 0, "QFI\xfb"},
 	{"VMDK", 0, "KDMV"},
 	{"VMDK", 0, "# Disk DescriptorFile"},

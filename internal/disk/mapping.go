@@ -81,12 +81,12 @@ func NewMapping(f *os.File, size int64) (*Mapping, error) {
 }
 
 // View appends the piece that holds [off, off+n) to vecs and reports true, if
-// all of it is proven readable. The range lies inside the mapping's size.
+// all of it is proven readable and lies inside the mapping.
 func (m *Mapping) View(vecs [][]byte, off, n int64) ([][]byte, bool) {
-	if n <= 0 {
+	end := off + n
+	if n <= 0 || end > m.size {
 		return vecs, n == 0
 	}
-	end := off + n
 	first, last := off>>pageShift, (end-1)>>pageShift
 	for w := first / wordPages; w <= last/wordPages; w++ {
 		need := wordMask(w, first, last)
@@ -101,6 +101,7 @@ func (m *Mapping) View(vecs [][]byte, off, n int64) ([][]byte, bool) {
 // It counts for the pages that lie in the range wholly, and for the last one
 // of the mapping if the range reaches its end.
 func (m *Mapping) Prove(off, n int64) {
+	n = min(n, m.size-off)
 	first, end := (off+pageSize-1)>>pageShift, (off+n)>>pageShift
 	if off+n == m.size {
 		end = (m.size + pageSize - 1) >> pageShift

@@ -90,6 +90,10 @@ func TestProof(t *testing.T) {
 	if viewable(90*pageSize+1, 100) {
 		t.Error("a page that was read in part counts as proven")
 	}
+	if viewable(n-10, 11) {
+		t.Error("what lies beyond the mapping is viewable")
+	}
+	m.Prove(n+pageSize, pageSize)
 	m.forget()
 	if viewable(pageSize, 1) {
 		t.Error("viewable after the proofs were forgotten")

@@ -156,6 +156,11 @@ func (o *OS) Sync() error {
 	return nil
 }
 
+// StartSync sets the disk to work on what was written, and does not wait.
+func (o *OS) StartSync() {
+	_ = unix.SyncFileRange(o.fd, 0, 0, unix.SYNC_FILE_RANGE_WRITE)
+}
+
 // PunchHole implements File. On a block device the range is zeroed, never
 // discarded: what a discarded range reads as is the device's affair.
 func (o *OS) PunchHole(off, n int64) error {

@@ -1,0 +1,87 @@
+package main
+
+import (
+	"fmt"
+	"strings"
+
+	"github.com/urfave/cli/v2"
+)
+
+// reorder puts the flags of the verb in args before its arguments: the library
+// stops looking for flags at the first argument, and what follows would be
+// taken for arguments. "--" ends flags and stays in front of the arguments.
+func reorder(args []string, commands []*cli.Command) []string {
+	if len(args) < 2 {
+		return args
+	}
+	var verb *cli.Command
+	for _, c := range commands {
+		if c.HasName(args[1]) {
+			verb = c
+		}
+	}
+	if verb == nil {
+		return args
+	}
+	flags := append([]string{}, args[:2]...)
+	var plain []string
+	rest := args[2:]
+	for len(rest) > 0 {
+		arg := rest[0]
+		rest = rest[1:]
+		switch {
+		case arg == "--":
+			plain, rest = append(plain, rest...), nil
+		case arg == "-" || !strings.HasPrefix(arg, "-"):
+			plain = append(plain, arg)
+		default:
+			flags = append(flags, arg)
+			if takesValue(verb, arg) && len(rest) > 0 {
+				flags, rest = append(flags, rest[0]), rest[1:]
+			}
+		}
+	}
+	return append(append(flags, "--"), plain...)
+}
+
+// takesValue reports whether the argument after arg is the value of the flag
+// that arg names.
+func takesValue(verb *cli.Command, arg string) bool {
+	name := strings.TrimLeft(arg, "-")
+	if strings.Contains(name, "=") {
+		return false
+	}
+	for _, f := range verb.Flags {
+		for _, n := range f.Names() {
+			if n == name {
+				_, isBool := f.(*cli.BoolFlag)
+				return !isBool
+			}
+		}
+	}
+	return false
+}
+
+// arguments returns the arguments of c by usage, a verb's usage line or what
+// of it applies, in which "[NAME]" is optional: as many strings as it has
+// names, empty where an optional one is not given.
+func arguments(c *cli.Context, usage string) ([]string, error) {
+	names := strings.Fields(usage)
+	given := c.Args().Slice()
+	line := fmt.Sprintf("usage: cowdev %s [flags] %s", c.Command.Name, usage)
+	if len(given) > len(names) {
+		return nil, usagef("%s: %q is one argument too many; %s", c.Command.Name, given[len(names)], line)
+	}
+	values := make([]string, len(names))
+	for i, name := range names {
+		if i < len(given) {
+			if given[i] == "" {
+				return nil, usagef("%s: %s is empty; %s", c.Command.Name, name, line)
+			}
+			values[i] = given[i]
+		} else if !strings.HasPrefix(name, "[") {
+			return nil, usagef("%s: %s is missing; %s", c.Command.Name, name, line)
+		}
+	}
+	return values, nil
+}

@@ -1,0 +1,93 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"strings"
+	"syscall"
+
+	"github.com/cowdev/cowdev/exception"
+	"github.com/cowdev/cowdev/image"
+	"github.com/cowdev/cowdev/internal/disk"
+)
+
+// Exit statuses. README.md has them for users.
+const (
+	exitDone        = 0
+	exitFailure     = 1 // diff: there are differences
+	exitUsage       = 2
+	exitFile        = 3 // missing, not readable, not permitted, of the wrong kind
+	exitLocked      = 4 // in use by another process
+	exitInterrupted = 5 // can be resumed by running it again
+	exitWrongBase   = 6
+	exitNotStore    = 7 // or of a newer version
+	exitDamaged     = 8
+	exitNoSpace     = 9
+	exitRepaired    = 10
+)
+
+// usageError is a command line that means nothing.
+type usageError struct{ err error }
+
+func (u usageError) Error() string { return u.err.Error() }
+func (u usageError) Unwrap() error { return u.err }
+
+func usagef(format string, args ...any) error { return usageError{fmt.Errorf(format, args...)} }
+
+// quietError is a status that is not worth a message: the output said it.
+type quietError int
+
+func (q quietError) Error() string { return fmt.Sprintf("exit status %d", int(q)) }
+
+// statuses says which errors have which exit status; the first that matches
+// counts.
+var statuses = []struct {
+	status int
+	errs   []error
+}{
+	{exitInterrupted, []error{context.Canceled}},
+	{exitLocked, []error{disk.ErrLocked, syscall.EADDRINUSE}},
+	{exitWrongBase, []error{image.ErrWrongBase}},
+	{exitNotStore, []error{exception.ErrNotStore, exception.ErrVersion}},
+	{exitDamaged, []error{exception.ErrCorrupt, image.ErrIdentity}},
+	{exitNoSpace, []error{exception.ErrFull, syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG}},
+	{exitFile, []error{
+		disk.ErrKind, image.ErrUnusable, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
+		syscall.EISDIR, syscall.ENOTDIR, syscall.EROFS, syscall.ENAMETOOLONG, syscall.ELOOP,
+		syscall.ENXIO,
+	}},
+}
+
+// exitStatus returns the status that tells of err.
+func exitStatus(err error) int {
+	var usage usageError
+	var quiet quietError
+	switch {
+	case err == nil:
+		return exitDone
+	case errors.As(err, &quiet):
+		return int(quiet)
+	case errors.As(err, &usage):
+		return exitUsage
+	}
+	for _, s := range statuses {
+		for _, e := range s.errs {
+			if errors.Is(err, e) {
+				return s.status
+			}
+		}
+	}
+	return exitFailure
+}
+
+// report prints err in one line.
+func report(w io.Writer, err error) {
+	var quiet quietError
+	if errors.As(err, &quiet) {
+		return
+	}
+	fmt.Fprintf(w, "cowdev: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
+}

@@ -1,0 +1,417 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/netip"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/exception"
+	"github.com/cowdev/cowdev/image"
+	"github.com/cowdev/cowdev/nbdserver"
+)
+
+func serveCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "serve",
+		Usage:     "Serve BASE by NBD, with every change kept in COW",
+		ArgsUsage: "BASE COW",
+		Description: "BASE is opened read-only and never written. COW is made where it does not exist.\n" +
+			"With --temporary there is no COW: changes are forgotten at the end.",
+		Flags: append(append(serveFlags(), exposureFlags()...), baseFlags()...),
+		Action: func(c *cli.Context) error {
+			sc, err := serveConfigOf(c)
+			if err != nil {
+				return err
+			}
+			return serve(c, sc)
+		},
+	}
+}
+
+func serveFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.StringSliceFlag{Name: "socket", Usage: "unix socket to listen on; repeatable", DefaultText: "COW.sock"},
+		&cli.StringSliceFlag{Name: "listen", Usage: "TCP address HOST:PORT to listen on; repeatable; port 0 picks one"},
+		&cli.StringFlag{Name: "export", Usage: "name of the export", DefaultText: "the empty name"},
+		&cli.BoolFlag{Name: "read-only", Aliases: []string{"r"}, Usage: "refuse every change; COW is neither made nor changed"},
+		&cli.BoolFlag{Name: "existing", Usage: "COW must exist"},
+		&cli.BoolFlag{Name: "temporary", Usage: "no COW: forget every change at the end"},
+		chunkSizeFlag,
+		&cli.StringFlag{Name: "detect-zeroes", Value: "on", Usage: "record written zeros as zeros, not as data: on or off"},
+		&cli.StringFlag{Name: "on-full", Value: "enospc", Usage: "when the filesystem of COW is full: enospc, or park[=DURATION] to let writes wait for room"},
+		&cli.StringFlag{Name: "socket-mode", Value: "0600", Usage: "permissions of the unix sockets"},
+		&cli.StringFlag{Name: "socket-group", Usage: "group of the unix sockets"},
+	}
+}
+
+func exposureFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.BoolFlag{Name: "insecure", Usage: "listen on an address that is not loopback without requiring TLS"},
+		&cli.StringFlag{Name: "tls", Usage: "off, allow or require", DefaultText: "off; require where certificates are given"},
+		&cli.StringFlag{Name: "tls-dir", Usage: "directory of ca-cert.pem, server-cert.pem and server-key.pem"},
+		&cli.StringFlag{Name: "tls-ca", Usage: "certificate of the authority that signs the clients' certificates"},
+		&cli.StringFlag{Name: "tls-cert", Usage: "certificate of the server"},
+		&cli.StringFlag{Name: "tls-key", Usage: "key of the server"},
+		&cli.IntSliceFlag{Name: "allow-uid", Usage: "user that may connect to unix sockets; repeatable", DefaultText: "all"},
+		&cli.StringSliceFlag{Name: "allow-net", Usage: "network CIDR that may connect by TCP; repeatable", DefaultText: "all"},
+		&cli.IntFlag{Name: "max-connections", Value: nbdserver.DefaultMaxConnections, Usage: "connections at once"},
+		&cli.DurationFlag{Name: "handshake-timeout", Value: nbdserver.DefaultHandshakeTimeout, Usage: "for a client to get through the handshake"},
+		&cli.DurationFlag{Name: "idle-timeout", Usage: "for a connection without a request; 0 for ever"},
+		&cli.BoolFlag{Name: "sandbox", Usage: "give up every right that serving does not need (Landlock)"},
+	}
+}
+
+var chunkSizeFlag = &cli.StringFlag{Name: "chunk-size", Usage: "unit of remapping of a new store, a power of two from 8K to 1M", DefaultText: "64K"}
+
+// chunkSizeOf reads chunkSizeFlag.
+func chunkSizeOf(c *cli.Context) (int, error) {
+	s := c.String("chunk-size")
+	if s == "" {
+		return block.DefaultChunkSize, nil
+	}
+	n, err := parseSize(s)
+	if err != nil {
+		return 0, usagef("--chunk-size: %w", err)
+	}
+	if n < block.MinChunkSize || n > block.MaxChunkSize || n&(n-1) != 0 {
+		return 0, usagef("--chunk-size: %s: expected a power of two from %s to %s", size(n), short(block.MinChunkSize), short(block.MaxChunkSize))
+	}
+	return int(n), nil
+}
+
+// serveConfig is what the flags of serve say.
+type serveConfig struct {
+	base, cow string
+	view      viewOptions
+	listen    listenConfig
+	server    nbdserver.Config
+	certs     certificateFiles // empty without TLS
+	sandbox   bool
+}
+
+// certificateFiles are the paths of PEM files; the authority's may be empty.
+type certificateFiles struct{ ca, cert, key string }
+
+// certificatesIn returns the files of dir, by the names that nbd-client,
+// nbdkit and qemu share.
+func certificatesIn(dir string) certificateFiles {
+	f := certificateFiles{
+		ca:   filepath.Join(dir, "ca-cert.pem"),
+		cert: filepath.Join(dir, "server-cert.pem"),
+		key:  filepath.Join(dir, "server-key.pem"),
+	}
+	if _, err := os.Stat(f.ca); errors.Is(err, fs.ErrNotExist) {
+		f.ca = ""
+	}
+	return f
+}
+
+func (f certificateFiles) load() (*nbdserver.Certificates, error) {
+	if f.cert == "" {
+		return nil, nil
+	}
+	return nbdserver.LoadCertificates(f.cert, f.key, f.ca)
+}
+
+func serveConfigOf(c *cli.Context) (sc serveConfig, err error) {
+	if err = sc.files(c); err != nil {
+		return sc, err
+	}
+	if err = sc.device(c); err != nil {
+		return sc, err
+	}
+	if err = sc.tls(c); err != nil {
+		return sc, err
+	}
+	if err = sc.limits(c); err != nil {
+		return sc, err
+	}
+	return sc, sc.listeners(c)
+}
+
+// files reads the arguments and how they are opened.
+func (sc *serveConfig) files(c *cli.Context) error {
+	names := c.Command.ArgsUsage
+	if c.Bool("temporary") {
+		names = "BASE"
+	}
+	args, err := arguments(c, names)
+	if err != nil {
+		return err
+	}
+	sc.base = args[0]
+	if len(args) > 1 {
+		sc.cow = args[1]
+	}
+	if sc.view, err = viewOptionsOf(c); err != nil {
+		return err
+	}
+	sc.view.readOnly, sc.view.existing = c.Bool("read-only"), c.Bool("existing")
+	sc.view.temporary = c.Bool("temporary")
+	if sc.view.temporary && (sc.view.readOnly || sc.view.existing) {
+		return usagef("--temporary makes a store of its own, and goes with neither --read-only nor --existing")
+	}
+	sc.view.chunkSize, err = chunkSizeOf(c)
+	return err
+}
+
+// device reads how the overlay behaves.
+func (sc *serveConfig) device(c *cli.Context) error {
+	logf := func(format string, args ...any) { warn(c, format, args...) }
+	sc.view.cow.Log, sc.view.store.Log = logf, logf
+	sc.view.store.Interval = commitInterval
+	if sc.view.temporary {
+		sc.view.store.Memory = nil
+	}
+	switch mode := c.String("detect-zeroes"); mode {
+	case "on":
+	case "off":
+		sc.view.cow.KeepZeroes = true
+	default:
+		return usagef("--detect-zeroes: %q: expected on or off", mode)
+	}
+	policy, duration, given := strings.Cut(c.String("on-full"), "=")
+	switch {
+	case policy == "enospc" && !given:
+	case policy == "park" && !given:
+		sc.view.cow.Park = -1
+	case policy == "park":
+		d, err := time.ParseDuration(duration)
+		if err != nil || d <= 0 {
+			return usagef("--on-full: %q: expected a duration such as 30s or 5m", duration)
+		}
+		sc.view.cow.Park = d
+	default:
+		return usagef("--on-full: %q: expected enospc, park or park=DURATION", c.String("on-full"))
+	}
+	return nil
+}
+
+// tls reads whether and how connections are encrypted.
+func (sc *serveConfig) tls(c *cli.Context) error {
+	certs := certificateFiles{ca: c.String("tls-ca"), cert: c.String("tls-cert"), key: c.String("tls-key")}
+	if dir := c.String("tls-dir"); dir != "" {
+		if certs != (certificateFiles{}) {
+			return usagef("--tls-dir goes with none of --tls-ca, --tls-cert and --tls-key")
+		}
+		certs = certificatesIn(dir)
+	}
+	given := certs != (certificateFiles{})
+	switch mode := c.String("tls"); {
+	case mode == "off", mode == "" && !given:
+		return nil
+	case mode == "allow":
+		sc.server.TLS = nbdserver.TLSAllow
+	case mode == "require", mode == "":
+		sc.server.TLS = nbdserver.TLSRequire
+	default:
+		return usagef("--tls: %q: expected off, allow or require", mode)
+	}
+	if certs.cert == "" || certs.key == "" {
+		return usagef("--tls=%s needs --tls-dir, or --tls-cert and --tls-key", c.String("tls"))
+	}
+	sc.certs = certs
+	return nil
+}
+
+// limits reads who may connect, and how often and how long.
+func (sc *serveConfig) limits(c *cli.Context) error {
+	s := &sc.server
+	s.MaxConnections, s.HandshakeTimeout, s.IdleTimeout = c.Int("max-connections"), c.Duration("handshake-timeout"), c.Duration("idle-timeout")
+	if s.MaxConnections < 1 {
+		return usagef("--max-connections: %d: expected at least 1", s.MaxConnections)
+	}
+	if s.HandshakeTimeout <= 0 || s.IdleTimeout < 0 {
+		return usagef("--handshake-timeout and --idle-timeout: expected a duration such as 10s")
+	}
+	s.AllowUIDs = c.IntSlice("allow-uid")
+	for _, cidr := range c.StringSlice("allow-net") {
+		p, err := netip.ParsePrefix(cidr)
+		if err != nil {
+			return usagef("--allow-net: %q: expected a network such as 10.0.0.0/8", cidr)
+		}
+		s.AllowNets = append(s.AllowNets, p)
+	}
+	sc.sandbox = c.Bool("sandbox")
+	return nil
+}
+
+// listeners reads where to listen.
+func (sc *serveConfig) listeners(c *cli.Context) error {
+	lc := &sc.listen
+	lc.export, lc.tls = c.String("export"), sc.server.TLS == nbdserver.TLSRequire
+	mode, err := strconv.ParseUint(c.String("socket-mode"), 8, 32)
+	if err != nil || mode > 0o777 {
+		return usagef("--socket-mode: %q: expected octal permissions such as 0660", c.String("socket-mode"))
+	}
+	lc.mode = fs.FileMode(mode)
+	if lc.gid, err = groupID(c.String("socket-group")); err != nil {
+		return err
+	}
+	for _, where := range c.StringSlice("listen") {
+		addr, err := tcpAddress(where)
+		if err != nil {
+			return err
+		}
+		if !addr.IP.IsLoopback() && !lc.tls && !c.Bool("insecure") {
+			return usagef("--listen: %s is not loopback, and anybody there could read and write: add --tls=require or --insecure", where)
+		}
+		lc.tcp = append(lc.tcp, addr)
+	}
+	sockets := c.StringSlice("socket")
+	if len(sockets) == 0 && len(lc.tcp) == 0 {
+		if sc.view.temporary {
+			return usagef("--temporary: there is no COW to name the socket after; give --socket or --listen")
+		}
+		sockets = []string{sc.cow + ".sock"}
+	}
+	for _, path := range sockets {
+		abs, err := socketPath(path)
+		if err != nil {
+			return err
+		}
+		lc.sockets = append(lc.sockets, abs)
+	}
+	return nil
+}
+
+// serve serves until a signal, and then ends in order.
+func serve(c *cli.Context, sc serveConfig) (err error) {
+	signal.Ignore(syscall.SIGPIPE) // a log that nobody reads must not end the server
+	certs, err := sc.certs.load()
+	if err != nil {
+		return err
+	}
+	stop := stopSignals(c, certs)
+	defer stop.end()
+
+	view, err := openView(stop.ctx, c, sc.base, sc.cow, sc.view)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, view.Close()) }()
+
+	server, err := sc.newServer(c, view, certs)
+	if err != nil {
+		return err
+	}
+	listeners, err := listenAll(sc.listen)
+	if err != nil {
+		return err
+	}
+	if sc.sandbox {
+		if err := sandbox(c, sc); err != nil {
+			return err
+		}
+	}
+	ended := make(chan error, len(listeners))
+	for _, l := range listeners {
+		go func() { ended <- server.Serve(l) }()
+	}
+	for _, l := range listeners {
+		fmt.Fprintf(c.App.Writer, "ready: %s\n", l.uri)
+	}
+	for _, l := range listeners {
+		fmt.Fprintf(c.App.ErrWriter, "cowdev: attach it: %s\n", l.hint)
+	}
+	digest := digestWhileIdle(c, view, sc, server)
+	defer digest.stop()
+
+	select {
+	case <-stop.ctx.Done():
+		err = nil
+	case err = <-ended: // a listener that fails by itself
+	}
+	// Writes that wait for room would wait for ever.
+	view.device.Release()
+	return errors.Join(err, server.Shutdown(context.Background()))
+}
+
+func (sc *serveConfig) newServer(c *cli.Context, v *view, certs *nbdserver.Certificates) (*nbdserver.Server, error) {
+	cfg := sc.server
+	cfg.Exports = []nbdserver.Export{{Name: sc.listen.export, Description: "copy-on-write overlay of " + sc.base, Device: v.device}}
+	cfg.ErrorLog = func(format string, args ...any) { warn(c, format, args...) }
+	if certs != nil {
+		cfg.TLSConfig = certs.Config
+	}
+	return nbdserver.New(cfg)
+}
+
+// A stopper ends the server by signals: SIGINT and SIGTERM in order, a second
+// one at once. SIGHUP reads certificates again, and without any ends the
+// server as the others do.
+type stopper struct {
+	ctx     context.Context
+	cancel  context.CancelFunc
+	signals chan os.Signal
+}
+
+func stopSignals(c *cli.Context, certs *nbdserver.Certificates) *stopper {
+	s := &stopper{signals: make(chan os.Signal, 2)}
+	s.ctx, s.cancel = context.WithCancel(context.Background())
+	signal.Notify(s.signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	go func() {
+		for sig := range s.signals {
+			switch {
+			case sig == syscall.SIGHUP && certs != nil:
+				if err := certs.Reload(); err != nil {
+					warn(c, "%v; the certificates from before stay in use", err)
+				}
+			case s.ctx.Err() != nil:
+				os.Exit(exitFailure)
+			default:
+				s.cancel()
+			}
+		}
+	}()
+	return s
+}
+
+func (s *stopper) end() {
+	signal.Stop(s.signals)
+	close(s.signals)
+	s.cancel()
+}
+
+// digestJob computes the base's full digest beside a server.
+type digestJob struct {
+	cancel context.CancelFunc
+	done   chan struct{}
+}
+
+func (j digestJob) stop() {
+	j.cancel()
+	<-j.done
+}
+
+// digestWhileIdle begins to compute the base's full digest, while no request
+// comes, where it is not known and can be kept.
+func digestWhileIdle(c *cli.Context, v *view, sc serveConfig, server *nbdserver.Server) digestJob {
+	ctx, cancel := context.WithCancel(context.Background())
+	j := digestJob{cancel, make(chan struct{})}
+	needed := sc.view.look == image.DigestFull && v.identity.Full == nil && v.identity.Sample != nil &&
+		!sc.view.temporary && !v.device.ReadOnly() && v.store.Header().State == exception.Active
+	if !needed {
+		close(j.done)
+		return j
+	}
+	go func() {
+		defer close(j.done)
+		if err := v.learnDigest(ctx, idleWaiter(server)); err != nil && ctx.Err() == nil {
+			warn(c, "full digest of %s: %v", sc.base, err)
+		}
+	}()
+	return j
+}

@@ -1,0 +1,202 @@
+package merge
+
+import (
+	"bytes"
+	"context"
+	"fmt"
+	"iter"
+
+	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/exception"
+	"github.com/cowdev/cowdev/internal/disk"
+)
+
+const (
+	batchSize = 4 << 20  // bytes read from the store before they are written
+	batchRuns = 64 << 10 // pieces of a batch, if they are small
+	batches   = 3        // one being read, one being written, one between
+	syncAhead = 16 << 20 // bytes written before the disk is set to work on them
+)
+
+// A run is a run of blocks of one chunk that are stored, or that are zero.
+type run struct {
+	state block.State
+	chunk block.Chunk
+	entry exception.Entry
+	in    int   // bytes from the chunk's beginning
+	off   int64 // bytes from the device's beginning
+	n     int   // bytes
+	first bool  // of its chunk
+}
+
+// runs yields every run of s in order of their offsets.
+func runs(s *exception.Store) iter.Seq[run] {
+	g := s.Geometry()
+	bs := g.BlockSize()
+	return func(yield func(run) bool) {
+		for c, e := range s.Entries(0) {
+			first := true
+			for b := 0; b*bs < g.Len(c); {
+				state, end := e.State(b), b+1
+				for end < block.BlocksPerChunk && e.State(end) == state {
+					end++
+				}
+				if state != block.FromBase {
+					in := b * bs
+					n := min(end*bs, g.Len(c)) - in
+					if !yield(run{state, c, e, in, g.Offset(c) + int64(in), n, first}) {
+						return
+					}
+					first = false
+				}
+				b = end
+			}
+		}
+	}
+}
+
+// A batch is a list of pieces to be written, with the bytes of all of them.
+type batch struct {
+	pieces []piece
+	buf    []byte
+	n      int
+}
+
+// A piece is a run of bytes for the target, or of zeros.
+type piece struct {
+	off  int64
+	n    int64
+	zero bool
+}
+
+// add adds a piece, to the last one where it follows it.
+func (b *batch) add(p piece) {
+	if k := len(b.pieces); k > 0 {
+		if last := &b.pieces[k-1]; last.zero == p.zero && last.off+last.n == p.off {
+			last.n += p.n
+			return
+		}
+	}
+	b.pieces = append(b.pieces, p)
+}
+
+// apply writes every exception of s into target: one goroutine reads, this one
+// writes.
+func apply(ctx context.Context, target disk.File, s *exception.Store, progress func(int64)) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	free, full := make(chan *batch, batches), make(chan *batch, batches)
+	for range batches {
+		free <- &batch{buf: make([]byte, batchSize)}
+	}
+	var readErr error // the reader's, once full is closed
+	go func() {
+		defer close(full)
+		readErr = readAll(ctx, s, free, full)
+	}()
+	w := writer{target: target, progress: progress}
+	var err error
+	for b := range full {
+		if err == nil {
+			if err = w.write(b); err != nil {
+				cancel()
+			}
+		}
+		b.pieces, b.n = b.pieces[:0], 0
+		free <- b
+	}
+	if err != nil {
+		return err
+	}
+	return readErr
+}
+
+// readAll fills batches with the exceptions of s.
+func readAll(ctx context.Context, s *exception.Store, free <-chan *batch, full chan<- *batch) error {
+	b := <-free
+	for r := range runs(s) {
+		if b.n+r.n > len(b.buf) || len(b.pieces) == batchRuns {
+			full <- b
+			b = <-free
+		}
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		if err := b.read(s, r); err != nil {
+			return err
+		}
+	}
+	full <- b
+	return nil
+}
+
+// read adds a run to the batch.
+func (b *batch) read(s *exception.Store, r run) error {
+	p := piece{off: r.off, n: int64(r.n), zero: r.state == block.Zero}
+	if !p.zero {
+		buf := b.buf[b.n : b.n+r.n]
+		if err := s.ReadStored(buf, r.chunk, r.entry, r.in); err != nil {
+			return err
+		}
+		if p.zero = isZero(buf); !p.zero {
+			b.n += r.n
+		}
+	}
+	b.add(p)
+	return nil
+}
+
+// isZero reports whether p is all zeros.
+func isZero(p []byte) bool {
+	return len(p) == 0 || p[0] == 0 && bytes.Equal(p[1:], p[:len(p)-1])
+}
+
+// A writer writes batches into a merge's target.
+type writer struct {
+	target   disk.File
+	progress func(int64)
+	done     int64 // bytes dealt with
+	ahead    int64 // bytes written since the disk was last set to work
+}
+
+// starter can set the disk to work on what was written, without waiting.
+type starter interface{ StartSync() }
+
+func (w *writer) write(b *batch) error {
+	data := b.buf
+	for _, p := range b.pieces {
+		if p.zero {
+			if err := w.zero(p); err != nil {
+				return err
+			}
+		} else {
+			if _, err := w.target.WriteAt(data[:p.n], p.off); err != nil {
+				return fmt.Errorf("merge %d bytes at %d: %w", p.n, p.off, err)
+			}
+			data = data[p.n:]
+			w.ahead += p.n
+		}
+		w.done += p.n
+	}
+	if st, ok := w.target.(starter); ok && w.ahead >= syncAhead {
+		st.StartSync()
+		w.ahead = 0
+	}
+	if w.progress != nil {
+		w.progress(w.done)
+	}
+	return nil
+}
+
+// zero makes a hole, but where there is one already.
+func (w *writer) zero(p piece) error {
+	end := p.off + p.n
+	data, err := w.target.NextData(p.off)
+	if err == nil && data < end {
+		err = w.target.PunchHole(p.off, p.n)
+	}
+	if err != nil {
+		return fmt.Errorf("merge %d zeros at %d: %w", p.n, p.off, err)
+	}
+	return nil
+}
