@@ -53,6 +53,12 @@ func Check(f disk.File) (*Report, error) {
 	}
 	c := &checker{f: f, h: h, report: &Report{Header: *h}, entries: make(map[block.Chunk]Entry)}
 	c.supers(copies)
+	if size, err := f.Size(); err != nil {
+		return nil, err
+	} else if size < h.slotsOff() {
+		c.harm("the file has %d bytes, its table and log end at %d", size, h.slotsOff())
+		return c.report, nil
+	}
 	if err := c.table(); err != nil {
 		return nil, err
 	}
@@ -101,16 +107,9 @@ func (c *checker) supers(copies []superCopy) {
 // table reads every sector of the table, also behind a bad one.
 func (c *checker) table() error {
 	end := tableOff + c.h.tableLen()
-	size, err := c.f.Size()
-	if err != nil {
-		return err
-	}
-	if size < end {
-		c.harm("the file ends at %d, inside the table, which ends at %d", size, end)
-		end = size / pageSize * pageSize
-	}
 	p := make([]byte, 256<<10)
 	for off := int64(tableOff); off < end; {
+		var err error
 		if off, err = c.f.NextData(off); err != nil {
 			return err
 		}

@@ -33,6 +33,13 @@ func open(f disk.File, o Options) (*Store, error) {
 	if !o.ReadOnly && h.roCompat&^knownROCompat != 0 {
 		return nil, fmt.Errorf("%w: feature %#x, it can be opened read-only", ErrVersion, h.roCompat&^knownROCompat)
 	}
+	if size, err := f.Size(); err != nil {
+		return nil, err
+	} else if size < h.slotsOff() {
+		// Create gave it this much: so no length in a superblock makes us
+		// take more memory than the file has bytes.
+		return nil, fmt.Errorf("%w: the file has %d bytes, its table and log end at %d", ErrCorrupt, size, h.slotsOff())
+	}
 	if o.Memory == nil || o.ReadOnly {
 		o.Memory = Heap{}
 	}

@@ -71,6 +71,8 @@ func (s *Store) begin() error {
 		if err := s.recover(); err != nil {
 			return err
 		}
+	} else if err := s.sync(); err != nil { // the superblocks themselves may be a dead process's (R13)
+		return err
 	}
 	var r [8]byte
 	rand.Read(r[:])

@@ -1,0 +1,127 @@
+// Golden files hold the format: what was written once must decode for ever,
+// and encode to the same bytes.
+package exception
+
+import (
+	"bytes"
+	"encoding/hex"
+	"flag"
+	"os"
+	"path/filepath"
+	"reflect"
+	"testing"
+
+	"github.com/cowdev/cowdev/block"
+)
+
+var update = flag.Bool("update", false, "write the golden files anew")
+
+// golden compares p, without the zeros at its end, with testdata/format/name.
+func golden(t *testing.T, name string, p []byte) {
+	t.Helper()
+	path := filepath.Join("..", "testdata", "format", name)
+	got := hex.Dump(bytes.TrimRight(p, "\x00"))
+	if *update {
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, []byte(got), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	want, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if got != string(want) {
+		t.Errorf("%s:\n%s\nexpected\n%s", name, got, want)
+	}
+}
+
+func exampleHeader() *Header {
+	return &Header{
+		UUID: UUID{1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15, 16}, Parent: UUID{16, 15, 14},
+		Generation: 7, State: Merging, Clean: true, Created: 1234567890123456789,
+		Base: []byte("identity"), BaseHint: "base.img",
+		Geometry: block.Geometry{Size: 1<<30 + 100, ChunkSize: 64 << 10},
+		logLen:   1 << 20, tail: 8192, tailSeq: 99, chain: 0xdeadbeef, epoch: 0x1122334455667788,
+	}
+}
+
+func TestSuperblockFormat(t *testing.T) {
+	h := exampleHeader()
+	p := encodeSuper(h, superB)
+	golden(t, "superblock.hex", p)
+	got, err := decodeSuper(p, superB)
+	if err != nil || !reflect.DeepEqual(got, h) {
+		t.Errorf("decoded %+v, %v", got, err)
+	}
+	if _, err := decodeSuper(p, superA); err == nil {
+		t.Error("the copy of one place passes at the other")
+	}
+}
+
+func TestTableFormat(t *testing.T) {
+	h := exampleHeader()
+	p := make([]byte, sectorSize)
+	want := map[int]Entry{
+		0:  makeEntry(1, 0xffff, 0),
+		2:  makeEntry(3, 0x0001, 0x8000),
+		62: makeEntry(9, 0, 0xffff),
+	}
+	encodeSector(p, h.UUID, 5, func(i int) Entry { return want[i] })
+	golden(t, "sector.hex", p)
+	got := make(map[int]Entry)
+	if err := decodeSector(p, h.UUID, 5, func(i int, e Entry) { got[i] = e }); err != nil || !reflect.DeepEqual(got, want) {
+		t.Errorf("decoded %v, %v", got, err)
+	}
+	if err := decodeSector(p, h.UUID, 6, func(int, Entry) {}); err == nil {
+		t.Error("the sector of one place passes at another")
+	}
+}
+
+func TestRecordFormat(t *testing.T) {
+	h := exampleHeader()
+	r := &record{flags: flagBarrier, epoch: h.epoch, seq: 99, prev: h.chain, runs: []run{
+		{chunk: 4, count: 1, entry: makeEntry(2, 0x0003, 0), here: 0x0002},
+		{chunk: 8, count: 100, entry: makeEntry(0, 0, 0xffff)},
+	}}
+	r.data = bytes.Repeat([]byte("data"), 1024)
+	log := make([]byte, h.logLen)
+	p := log[8192:][:recordLen(len(r.runs), len(r.data))]
+	copy(p[recordHead+len(r.runs)*runSize:], r.data)
+	r.encode(p, h.UUID, 8192)
+	golden(t, "record.hex", p)
+	got, n, err := decodeRecord(log, h, 8192)
+	if err != nil || n != int64(len(p)) || !reflect.DeepEqual(got, r) {
+		t.Errorf("decoded %+v, %d, %v", got, n, err)
+	}
+}
+
+// FuzzDecode decodes arbitrary bytes, as they are and with their checksums made
+// right; nothing but an error may come of it.
+func FuzzDecode(f *testing.F) {
+	h := exampleHeader()
+	f.Add(encodeSuper(h, superA))
+	f.Fuzz(func(t *testing.T, p []byte) {
+		page := make([]byte, 64<<10)
+		copy(page, p)
+		if g, err := decodeSuper(page[:pageSize], superA); err == nil {
+			g.slotOff(1)
+		}
+		// With the checksum made right, the validation is all there is.
+		var u UUID
+		copy(u[:], page[40:])
+		le.PutUint32(page[pageSize-4:], checksum(u, superA, page[:pageSize-4]))
+		if g, err := decodeSuper(page[:pageSize], superA); err == nil {
+			g.slotOff(1)
+		}
+		decodeSector(page, h.UUID, 0, func(_ int, e Entry) { e.validate(h, 0) })
+		n := int64(le.Uint32(page[24:]))
+		if n >= pageSize && n <= int64(len(page)) {
+			le.PutUint32(page[40:], 0)
+			le.PutUint32(page[40:], checksum(h.UUID, 0, page[:n]))
+		}
+		decodeRecord(page, h, 0)
+	})
+}
