@@ -89,7 +89,7 @@ func recognise(device string) (string, error) {
 }
 
 // MountedAt returns the device that is mounted at dir last, "" where none is.
-func MountedAt(dir string) string {
+func MountedAt(dir string) (device string) {
 	dir, err := filepath.EvalSymlinks(dir)
 	if err != nil {
 		return ""
@@ -97,14 +97,32 @@ func MountedAt(dir string) string {
 	if dir, err = filepath.Abs(dir); err != nil {
 		return ""
 	}
+	eachMount(func(dev, at string) {
+		if at == dir {
+			device = dev
+		}
+	})
+	return device
+}
+
+// MountOf returns a directory at which device is mounted, "" where it is not.
+func MountOf(device string) (dir string) {
+	eachMount(func(dev, at string) {
+		if dev == device {
+			dir = at
+		}
+	})
+	return dir
+}
+
+// eachMount goes through the kernel's table of mounts, oldest first.
+func eachMount(visit func(device, dir string)) {
 	table, _ := os.ReadFile("/proc/self/mounts")
-	device := ""
 	for _, line := range strings.Split(string(table), "\n") {
-		if f := strings.Fields(line); len(f) > 1 && unescape.Replace(f[1]) == dir {
-			device = unescape.Replace(f[0])
+		if f := strings.Fields(line); len(f) > 1 {
+			visit(unescape.Replace(f[0]), unescape.Replace(f[1]))
 		}
 	}
-	return device
 }
 
 // unescape undoes what the kernel does to names in its table of mounts.

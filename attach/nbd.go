@@ -66,7 +66,7 @@ func ConnectNBD(cfg NBDConfig) (*NBD, []net.Conn, error) {
 			return nil, nil, fmt.Errorf("%s: in use, by process %s: %w", NBDPath(cfg.Index), n, unix.EBUSY)
 		}
 	}
-	ours, theirs, err := socketPairs(cfg.Connections)
+	ours, theirs, err := SocketPairs(cfg.Connections)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -83,7 +83,7 @@ func ConnectNBD(cfg NBDConfig) (*NBD, []net.Conn, error) {
 // old ones are dead. Only timeouts of cfg have an effect on the device; its
 // Identifier must be the device's.
 func ResumeNBD(ctx context.Context, cfg NBDConfig) (*NBD, []net.Conn, error) {
-	ours, theirs, err := socketPairs(cfg.Connections)
+	ours, theirs, err := SocketPairs(cfg.Connections)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -102,7 +102,7 @@ func ResumeNBD(ctx context.Context, cfg NBDConfig) (*NBD, []net.Conn, error) {
 // Reconnect returns our end of a new connection, in the place of one that the
 // kernel gave up.
 func (d *NBD) Reconnect(ctx context.Context) (net.Conn, error) {
-	ours, theirs, err := socketPairs(1)
+	ours, theirs, err := SocketPairs(1)
 	if err != nil {
 		return nil, err
 	}
@@ -210,9 +210,9 @@ func Busy(path string) (bool, error) {
 	return false, f.Close()
 }
 
-// socketPairs returns n pairs of connected stream sockets, one end as a
-// connection, the other as a file for the kernel.
-func socketPairs(n int) (ours []net.Conn, theirs []*os.File, err error) {
+// SocketPairs returns n pairs of connected stream sockets, one end as a
+// connection, the other as a file for the kernel or another process.
+func SocketPairs(n int) (ours []net.Conn, theirs []*os.File, err error) {
 	defer func() {
 		if err != nil {
 			closeConns(ours)

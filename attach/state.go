@@ -89,6 +89,25 @@ func (d States) Save(s *State) error {
 	return os.Rename(tmp, path)
 }
 
+// Update changes what is kept of a device, which no other process does
+// meanwhile. It wraps ErrNotAttached where nothing is.
+func (d States) Update(device string, change func(*State)) error {
+	dir, err := os.Open(string(d))
+	if err != nil {
+		return err
+	}
+	defer dir.Close() // and with it the lock
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		return fmt.Errorf("lock %s: %w", d, err)
+	}
+	s, err := d.Find(device)
+	if err != nil {
+		return err
+	}
+	change(s)
+	return d.Save(s)
+}
+
 // Remove forgets a device.
 func (d States) Remove(device string) error {
 	err := os.Remove(d.path(device))

@@ -20,6 +20,11 @@ func verbs() []*cli.Command {
 		infoCommand(),
 		checkCommand(),
 		mergeCommand(),
+		attachCommand(),
+		attachServerCommand(),
+		detachCommand(),
+		mountCommand(),
+		umountCommand(),
 	}
 }
 

@@ -1,0 +1,217 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"syscall"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/cowdev/cowdev/attach"
+	"github.com/cowdev/cowdev/internal/keeper"
+	"github.com/cowdev/cowdev/nbdserver"
+)
+
+// connect attaches a device for a server that told what it serves, or gives
+// the device of before new connections.
+func (ac *attachConfig) connect(t told) (*attach.NBD, []net.Conn, error) {
+	ac.nbd.Size, ac.nbd.Flags, ac.nbd.Identifier = t.Size, t.Flags, t.UUID
+	if ac.resume == nil {
+		return attach.ConnectNBD(ac.nbd)
+	}
+	if t.UUID != ac.resume.UUID || t.Size != ac.resume.Size {
+		return nil, nil, fmt.Errorf("%s: another store than the one that %s was attached to (%s)", ac.serve.cow, ac.resume.Device, ac.resume.UUID)
+	}
+	ctx, cancel := limited()
+	defer cancel()
+	return attach.ResumeNBD(ctx, ac.nbd)
+}
+
+// attachSupervised attaches a device whose server is another process, which
+// is started again when it dies.
+func attachSupervised(c *cli.Context, ac attachConfig) error {
+	for _, what := range attach.Shield(true) {
+		warn(c, "%s is not permitted: writes may hang when memory is short", what)
+	}
+	launcher := newLauncher(c, &ac)
+	server, t, err := launcher.start(c.Context, launcher.exe)
+	if err != nil {
+		return err
+	}
+	dev, fronts, err := ac.connect(t)
+	if err != nil {
+		server.Stop()
+		<-server.Exited
+		return err
+	}
+	k := keeper.New(keeper.Config{
+		Launch: launcher.launch,
+		Reconnect: func(int) (net.Conn, error) {
+			ctx, cancel := limited()
+			defer cancel()
+			return dev.Reconnect(ctx)
+		},
+		Patience: ac.nbd.DeadTimeout,
+		Log:      func(format string, args ...any) { warn(c, dev.Path()+": "+format, args...) },
+	}, fronts)
+	serve := func(ctx context.Context) error { return k.Run(ctx, server) }
+	s := ac.state(dev.Path(), attach.DriverNBD, t.UUID)
+	s.ServerPID = t.PID
+	launcher.setDevice(s.Device)
+	return holdNBD(c, &ac, dev, s, serve, k.HandOver)
+}
+
+// attachDirect attaches a device that this process serves itself.
+func attachDirect(c *cli.Context, ac attachConfig) (err error) {
+	attach.Shield(false)
+	view, err := openView(c.Context, c, ac.serve.base, ac.serve.cow, ac.serve.view)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, view.Close()) }()
+	server, export, err := ac.serve.transmitter(c, view)
+	if err != nil {
+		return err
+	}
+	dev, conns, err := ac.connect(tell(view, export))
+	if err != nil {
+		return err
+	}
+	serve := func(ctx context.Context) error { return serveConns(ctx, c, dev, server, export, conns) }
+	return holdNBD(c, &ac, dev, ac.state(dev.Path(), attach.DriverNBD, dev.Config().Identifier), serve, nil)
+}
+
+// serveConns serves a device's connections until the kernel said goodbye on
+// all of them, and replaces those that it gave up. When ctx ends they are
+// closed: the kernel keeps what is in flight for the next server.
+func serveConns(ctx context.Context, c *cli.Context, dev *attach.NBD, server *nbdserver.Server, export *nbdserver.Export, conns []net.Conn) error {
+	var all sync.WaitGroup
+	failed := make(chan error, len(conns))
+	for _, conn := range conns {
+		all.Go(func() {
+			for {
+				end := context.AfterFunc(ctx, func() { conn.Close() })
+				err := server.ServeTransmission(conn, export)
+				end()
+				if err == nil || ctx.Err() != nil {
+					return
+				}
+				warn(c, "%s: connection ended (%v), connecting anew", dev.Path(), err)
+				within, cancel := limited()
+				conn, err = dev.Reconnect(within)
+				cancel()
+				if err != nil {
+					failed <- err
+					return
+				}
+			}
+		})
+	}
+	all.Wait()
+	if ctx.Err() != nil {
+		return ctx.Err()
+	}
+	select {
+	case err := <-failed:
+		return err
+	default:
+		return nil
+	}
+}
+
+// holdNBD holds a device for as long as serve serves it, and does what signals
+// ask for.
+func holdNBD(c *cli.Context, ac *attachConfig, dev *attach.NBD, s *attach.State, serve func(context.Context) error, handOver func(context.Context) error) error {
+	ctx, cancel := context.WithCancel(context.Background())
+	defer cancel()
+	served := make(chan error, 1)
+	go func() { served <- serve(ctx) }()
+	signals, stop := deviceSignals()
+	defer stop()
+
+	if err := waitUsable(dev, served); err != nil {
+		dropNBD(dev, s)
+		cancel()
+		return err
+	}
+	if err := announce(c, ac, s); err != nil {
+		dropNBD(dev, s)
+		return errors.Join(err, <-served)
+	}
+	for {
+		select {
+		case err := <-served:
+			return ended(c, dev, s, err)
+		case sig := <-signals:
+			switch {
+			case sig == syscall.SIGUSR2 && handOver == nil:
+				warn(c, "%s: SIGUSR2 is for --supervise; end this process and run cowdev attach --resume", dev.Path())
+			case sig == syscall.SIGUSR2:
+				go func() {
+					if err := handOver(ctx); err != nil {
+						warn(c, "%s: hand over: %v", dev.Path(), err)
+					}
+				}()
+			default:
+				if !leaveNBD(c, dev, s) {
+					cancel()
+				}
+			}
+		}
+	}
+}
+
+// waitUsable waits until dev can be read, or its server has failed.
+func waitUsable(dev *attach.NBD, served chan error) error {
+	ctx, cancel := limited()
+	defer cancel()
+	usable := make(chan error, 1)
+	go func() { usable <- dev.WaitUsable(ctx) }()
+	select {
+	case err := <-usable:
+		return err
+	case err := <-served:
+		served <- err
+		return errors.Join(errors.New("the server ended at once"), err)
+	}
+}
+
+// leaveNBD is what a signal to end does: it disconnects a device that nobody
+// uses, and reports whether it did. A device in use stays, and its requests
+// wait.
+func leaveNBD(c *cli.Context, dev *attach.NBD, s *attach.State) bool {
+	if busy, err := attach.Busy(dev.Path()); busy || err != nil {
+		warn(c, "%s is in use: its requests wait %v for cowdev attach --resume %s", dev.Path(), s.DeadTimeout, shellWord(s.COW))
+		return false
+	}
+	go func() { // the goodbye ends serve
+		if err := dropNBD(dev, s); err != nil {
+			warn(c, "%v", err)
+		}
+	}()
+	return true
+}
+
+// dropNBD disconnects dev, and forgets it.
+func dropNBD(dev *attach.NBD, s *attach.State) error {
+	ctx, cancel := limited()
+	defer cancel()
+	err := dev.Disconnect(ctx)
+	return errors.Join(err, attach.DefaultStates.Remove(s.Device))
+}
+
+// ended returns what the end of a device's server means.
+func ended(c *cli.Context, dev *attach.NBD, s *attach.State, err error) error {
+	switch {
+	case errors.Is(err, context.Canceled): // left for --resume
+		return nil
+	case errors.Is(err, keeper.ErrGaveUp):
+		return errors.Join(fmt.Errorf("%s: %w; its requests fail now", dev.Path(), err), dropNBD(dev, s))
+	case err != nil:
+		return err
+	}
+	return dropNBD(dev, s) // waits until the kernel is done with it
+}

@@ -1,0 +1,130 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
+
+	"github.com/cowdev/cowdev/attach"
+	"github.com/cowdev/cowdev/attach/nbdnl"
+)
+
+func detachCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "detach",
+		Usage:     "End an attached device",
+		ArgsUsage: "DEVICE|COW",
+		Description: "What was written is durable when it returns. A device that is in use is refused.\n" +
+			"A /dev/nbdN that another program connected, or whose server is gone, is ended too.",
+		Action: func(c *cli.Context) error {
+			args, err := arguments(c, c.Command.ArgsUsage)
+			if err != nil {
+				return err
+			}
+			s, err := attach.DefaultStates.Find(args[0])
+			if errors.Is(err, attach.ErrNotAttached) {
+				if index, notNBD := attach.NBDIndex(args[0]); notNBD == nil && attach.ConnectedNBD(index) {
+					return detachForeign(index)
+				}
+			}
+			if err != nil {
+				return err
+			}
+			return detach(s)
+		},
+	}
+}
+
+// detachForeign ends a device of which nobody has told.
+func detachForeign(index int) error {
+	if err := refuseBusy(attach.NBDPath(index)); err != nil {
+		return err
+	}
+	ctx, cancel := limited()
+	defer cancel()
+	return attach.DisconnectNBD(ctx, index)
+}
+
+// detach ends a device and waits until the process that held it is gone.
+func detach(s *attach.State) error {
+	if err := refuseBusy(s.Device); err != nil {
+		return err
+	}
+	if !s.Alive() {
+		return detachOrphan(s)
+	}
+	if err := unix.Kill(s.PID, unix.SIGTERM); err != nil {
+		return fmt.Errorf("end process %d, which holds %s: %w", s.PID, s.Device, err)
+	}
+	ctx, cancel := limited()
+	defer cancel()
+	for s.Alive() {
+		select {
+		case <-ctx.Done():
+			return fmt.Errorf("%s: process %d, which holds it, has not ended within %v", s.Device, s.PID, usableLimit)
+		case <-time.After(10 * time.Millisecond):
+		}
+	}
+	if now, err := attach.DefaultStates.Find(s.Device); err == nil && now.PID == s.PID {
+		return fmt.Errorf("%s: came into use, and is not detached: %w", s.Device, unix.EBUSY)
+	}
+	return nil
+}
+
+// detachOrphan ends a device whose server is gone.
+func detachOrphan(s *attach.State) error {
+	ctx, cancel := limited()
+	defer cancel()
+	var err error
+	switch s.Driver {
+	case attach.DriverNBD:
+		err = disconnectByName(ctx, s.Device)
+	case attach.DriverLoop:
+		if back := attach.LoopBack(s.Device); back != "" && len(s.FuseDir) > 0 && back == clip(s.FuseDir+"/disk") {
+			err = attach.DetachLoop(ctx, s.Device)
+		}
+		// The mount of a FUSE server that died answers ENOTCONN to all else.
+		if e := unix.Unmount(s.FuseDir, unix.MNT_DETACH); e != nil && !errors.Is(e, unix.EINVAL) && !errors.Is(e, unix.ENOENT) {
+			err = errors.Join(err, fmt.Errorf("unmount %s: %w", s.FuseDir, e))
+		}
+		os.Remove(s.FuseDir)
+	}
+	if err != nil {
+		return err
+	}
+	return attach.DefaultStates.Remove(s.Device)
+}
+
+func disconnectByName(ctx context.Context, device string) error {
+	index, err := attach.NBDIndex(device)
+	if err != nil {
+		return err
+	}
+	if err := attach.DisconnectNBD(ctx, index); err != nil && !errors.Is(err, nbdnl.ErrNoDriver) {
+		return err
+	}
+	return nil
+}
+
+// clip cuts a name as the kernel does in what it tells of a loop device.
+func clip(name string) string { return name[:min(len(name), 63)] }
+
+// refuseBusy says that a device is in use, and by which mount.
+func refuseBusy(device string) error {
+	busy, err := attach.Busy(device)
+	if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ENXIO) {
+		return nil // a dead device cannot be opened
+	}
+	if !busy {
+		return nil
+	}
+	if dir := attach.MountOf(device); dir != "" {
+		return fmt.Errorf("%s: mounted at %s, unmount it first (cowdev umount %s): %w", device, dir, shellWord(dir), unix.EBUSY)
+	}
+	return fmt.Errorf("%s: in use, close it first: %w", device, unix.EBUSY)
+}
