@@ -91,7 +91,7 @@ func (c *client) change(what string, do func(p []byte, off int64) error) {
 			Stamp(p, off, w.nextStamp())
 		}
 		if ch, ok = w.oracle.Write(p, off); !ok {
-			panic("the oracle refuses whole sectors")
+			return
 		}
 	}
 	w.note("%d: %s %d+%d %s", c.id, what, off, len(p), Describe(p))
@@ -100,6 +100,7 @@ func (c *client) change(what string, do func(p []byte, off int64) error) {
 	w.note("%d: %s %d+%d -> %v", c.id, what, off, len(p), err)
 	w.oracle.While(func() {
 		w.stats.Changes++
+		w.began = w.began || err == nil
 		w.violated(w.unexpected(err))
 	})
 	if err != nil && w.cfg.Clients == 1 {
@@ -170,6 +171,7 @@ func (c *client) flush() {
 	w.note("%d: flush -> %v", c.id, err)
 	w.oracle.While(func() {
 		w.stats.Flushes++
+		w.began = w.began || err == nil
 		w.violated(w.unexpected(err))
 	})
 }

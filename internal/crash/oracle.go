@@ -43,6 +43,7 @@ type Oracle struct {
 
 	mu       sync.Mutex
 	now      uint64
+	dead     bool // between Die and Found
 	sectors  [][]version
 	readings map[*Reading]struct{} // under way
 }
@@ -50,6 +51,7 @@ type Oracle struct {
 // A version is what one change makes of one sector.
 type version struct {
 	p              []byte // the sector, shorter at the end of the device
+	part           bool   // the change makes but a part of it
 	begin, end     uint64 // when the change began and ended
 	acked, flushed bool
 }
@@ -75,10 +77,11 @@ func (o *Oracle) reset(p []byte) {
 	}
 }
 
-// Die says that the device died at this moment: what is under way is never
-// acknowledged. It is called inside While.
+// Die says that the device died at this moment: neither what is under way nor
+// what begins before Found is ever acknowledged. It is called inside While.
 func (o *Oracle) Die() {
 	o.now++
+	o.dead = true
 	for _, vs := range o.sectors {
 		for i := range vs {
 			if vs[i].end == never {
@@ -94,11 +97,13 @@ func (o *Oracle) Die() {
 func (o *Oracle) Found(p []byte, d Death) {
 	if d == Process {
 		o.Observe(p, 0)
-		return
 	}
 	o.mu.Lock()
 	defer o.mu.Unlock()
-	o.reset(p)
+	o.dead = false
+	if d == Power {
+		o.reset(p)
+	}
 }
 
 // Observe says that p was read at off, whole sectors, while no change of them
@@ -136,23 +141,39 @@ type Change struct {
 }
 
 // Write says that a change begins which makes [off, off+len(p)) p; for a trim
-// p is zeros. It returns false, and nothing has begun, if the change begins or
-// ends inside a sector of which it is not certain what the rest will be:
-// another change of it is under way, or one failed.
+// p is zeros. It returns false, and nothing has begun, if one change makes a
+// part of a sector of which it is not certain what the rest will be: another
+// change of it is under way, or one failed.
 func (o *Oracle) Write(p []byte, off int64) (*Change, bool) {
 	o.mu.Lock()
 	defer o.mu.Unlock()
 	whole, at, ok := o.widen(p, off)
+	o.each(off, len(p), func(s int) { ok = ok && !o.inPart(s) })
 	if !ok {
 		return nil, false
 	}
 	o.now++
 	c := &Change{o: o, first: int(at / sectorSize), begin: o.now}
 	o.each(at, len(whole), func(s int) {
-		o.sectors[s] = append(o.sectors[s], version{p: o.sector(whole, at, s), begin: o.now, end: never})
+		v := version{p: o.sector(whole, at, s), begin: o.now, end: never}
+		if o.dead {
+			v.end = o.now
+		}
+		v.part = int64(s)*sectorSize < off || int64(s)*sectorSize+int64(len(v.p)) > off+int64(len(p))
+		o.sectors[s] = append(o.sectors[s], v)
 		c.n++
 	})
 	return c, true
+}
+
+// inPart reports whether a change of a part of sector s is under way.
+func (o *Oracle) inPart(s int) bool {
+	for _, v := range o.sectors[s] {
+		if v.part && v.end == never {
+			return true
+		}
+	}
+	return false
 }
 
 // widen returns a copy of p with the bytes around it that make whole sectors.

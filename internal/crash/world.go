@@ -78,6 +78,7 @@ type world struct {
 	death   Death  // how
 	dead    *after // what is left then
 	fault   int    // file operations until one fails; 0: none
+	began   bool   // a change or a flush of the session has succeeded
 	full    bool   // the disk of the session is a small one
 	faulted bool   // an operation of the session was made to fail
 	broken  bool   // and it was a sync
@@ -235,6 +236,7 @@ func (w *world) session() error {
 func (w *world) plan() {
 	w.left, w.dead, w.fault = 0, nil, 0
 	w.full, w.faulted, w.broken = false, false, false
+	w.began = w.store.Adopted()
 	w.death = Death(w.rng.IntN(2))
 	if w.rng.IntN(3) > 0 {
 		w.left = 1 + w.rng.IntN(40+w.cfg.Steps*w.cfg.Clients*3)
@@ -356,7 +358,7 @@ func (w *world) end() error {
 				w.violated(w.unexpected(err))
 			}
 		})
-		if err == nil {
+		if err == nil && w.began {
 			flush.Done(nil)
 		}
 	}
