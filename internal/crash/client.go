@@ -200,7 +200,11 @@ func (w *world) inject(op disktest.Op) (fault disktest.Fault) {
 		w.faulted = true
 		fault = disktest.Fault{Err: syscall.EIO}
 		if op.Len > 0 && w.rng.IntN(2) == 0 {
-			fault.Done = w.rng.Int64N(op.Len + 1)
+			end := op.Off + w.rng.Int64N(op.Len+1)
+			if end < op.Off+op.Len {
+				end = end / sectorSize * sectorSize
+			}
+			fault.Done = max(0, end-op.Off)
 		}
 		if op.Kind == disktest.Sync || op.Kind == disktest.WriteSync {
 			w.broken = true
