@@ -19,6 +19,10 @@ import (
 // to be told that the server is shutting down.
 const handshakeGrace = 500 * time.Millisecond
 
+// linger is how long replies of workers may take to leave when the connection
+// ends because of an error.
+const linger = 5 * time.Second
+
 // Limits of the requests of one connection that are in workers; the next one
 // waits, and with it what follows it. A single request may be over the bytes.
 const (
@@ -134,7 +138,7 @@ func (c *conn) transmission(agreed session) error {
 	}
 	err := c.requests()
 	if err != errGoodbye && err != io.EOF && !c.ending {
-		c.abort(err) // or workers may wait for a client that takes no replies
+		c.sock.SetWriteDeadline(time.Now().Add(linger)) // replies of workers
 	}
 	c.wait()
 	return err
@@ -207,7 +211,7 @@ func (c *conn) serveReceived() error {
 	for {
 		p := c.in.have()
 		if len(p) < c.headerSize() {
-			return nil
+			return c.checkMagic(p)
 		}
 		var r request
 		if err := c.decode(p, &r); err != nil {

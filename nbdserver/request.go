@@ -33,19 +33,29 @@ func (n *session) headerSize() int {
 	return nbd.RequestHeaderSize
 }
 
-// decode reads the request message at the beginning of p, which holds at
-// least headerSize bytes. The error says that this is no request, after which
-// nothing that follows can be understood.
-func (n *session) decode(p []byte, r *request) error {
-	magic, expected := binary.BigEndian.Uint32(p), uint32(nbd.RequestMagic)
+// checkMagic returns an error if p is not the beginning of a request, after
+// which nothing that follows can be understood.
+func (n *session) checkMagic(p []byte) error {
+	expected := uint32(nbd.RequestMagic)
 	if n.extended {
 		expected = nbd.ExtendedRequestMagic
+	}
+	if len(p) >= 4 && binary.BigEndian.Uint32(p) != expected {
+		return fmt.Errorf("request with magic %#x, expected %#x", binary.BigEndian.Uint32(p), expected)
+	}
+	return nil
+}
+
+// decode reads the request message at the beginning of p, which holds at
+// least headerSize bytes.
+func (n *session) decode(p []byte, r *request) error {
+	if err := n.checkMagic(p); err != nil {
+		return err
+	}
+	if n.extended {
 		r.length = binary.BigEndian.Uint64(p[24:32])
 	} else {
 		r.length = uint64(binary.BigEndian.Uint32(p[24:28]))
-	}
-	if magic != expected {
-		return fmt.Errorf("request with magic %#x, expected %#x", magic, expected)
 	}
 	r.flags = binary.BigEndian.Uint16(p[4:])
 	r.kind = binary.BigEndian.Uint16(p[6:])
