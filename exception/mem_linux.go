@@ -2,6 +2,7 @@ package exception
 
 import (
 	"fmt"
+	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -23,6 +24,21 @@ func (m Shared) Path(u UUID) string {
 		dir = "/dev/shm"
 	}
 	return filepath.Join(dir, fmt.Sprintf("cowdev-%d-%s-%s", os.Geteuid(), bootID(), u))
+}
+
+// Broken reports whether a process of this boot left word that a sync of store
+// u failed, or serves it so. The next session for writing ends that.
+func (m Shared) Broken(u UUID) bool {
+	head := make([]byte, (headUUID+2)*8)
+	f, err := os.Open(m.Path(u))
+	if err != nil {
+		return false
+	}
+	defer f.Close()
+	if _, err := io.ReadFull(f, head); err != nil {
+		return false
+	}
+	return le.Uint64(head[headMagic*8:]) == areaMagic && le.Uint64(head[headValid*8:]) == stateBroken
 }
 
 // bootID tells this boot from others, in a few characters.

@@ -59,6 +59,8 @@ type storeInfo struct {
 	Zero       int64     `json:"zero-bytes"`
 	FileSize   int64     `json:"file-size"`
 	DiskSize   int64     `json:"actual-size"`
+	Room       *room     `json:"room,omitempty"`
+	Broken     bool      `json:"broken"`
 	Base       baseInfo  `json:"base"`
 }
 
@@ -122,6 +124,10 @@ func lookOnce(path string) (*storeInfo, error) {
 	info.header(s.Header())
 	u := usageOf(s)
 	info.Chunks, info.Stored, info.Zero = u.chunks, u.stored, u.zero
+	info.Broken = exception.Shared{}.Broken(s.Header().UUID)
+	if r, err := roomFor(path, info.DeviceSize, u); err == nil {
+		info.Room = &r
+	}
 	return info, nil
 }
 
@@ -158,6 +164,9 @@ func (i *storeInfo) print(c *cli.Context) error {
 	t.line("stored", "%s in %d chunks", size(i.Stored), i.Chunks)
 	t.line("zero", "%s", size(i.Zero))
 	t.line("file", "%s, %s of them on disk", size(i.FileSize), short(i.DiskSize))
+	if i.Room != nil {
+		t.line("room", "%v", i.Room)
+	}
 	t.line("base", "%s, %s", i.Base.Name, size(i.Base.Size))
 	if i.Base.Modified != nil {
 		t.line("base modified", "%s", i.Base.Modified.Format(time.RFC3339Nano))
@@ -174,6 +183,9 @@ func (i *storeInfo) condition() string {
 		s += fmt.Sprintf(", served by pid %d", i.ServedBy[0])
 	case !i.Clean:
 		s += ", not closed in order; the next serve or merge recovers it"
+	}
+	if i.Broken {
+		s += "; BROKEN since a sync failed: nothing more is written until it is served anew"
 	}
 	if i.State == exception.Merging.String() {
 		s += "; the base is half merged and usable only with this store until merge is run again"

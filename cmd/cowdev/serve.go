@@ -328,6 +328,14 @@ func serve(c *cli.Context, sc serveConfig) (err error) {
 	}
 	digest := digestWhileIdle(c, view, sc, server)
 	defer digest.stop()
+	if sc.cow != "" && !sc.view.readOnly {
+		watching := make(chan struct{})
+		go func() {
+			defer close(watching)
+			watchRoom(stop.ctx, view.store, sc.cow, func(format string, args ...any) { warn(c, format, args...) })
+		}()
+		defer func() { stop.cancel(); <-watching }()
+	}
 
 	select {
 	case <-stop.ctx.Done():
