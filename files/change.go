@@ -202,6 +202,27 @@ func differ(a, b File) (Aspect, error) {
 	return d, nil
 }
 
+// A Summary counts changes.
+type Summary struct {
+	Added      int   `json:"added"`
+	Removed    int   `json:"removed"`
+	Modified   int   `json:"modified"`
+	Renamed    int   `json:"renamed"`
+	Attributes int   `json:"attributes"`
+	Bytes      int64 `json:"bytes-changed"`
+}
+
+// Summary counts the changes.
+func (r *Result) Summary() Summary {
+	var s Summary
+	counts := [...]*int{Added: &s.Added, Removed: &s.Removed, Modified: &s.Modified, Renamed: &s.Renamed, Attributes: &s.Attributes}
+	for _, ch := range r.Changes {
+		*counts[ch.Status]++
+		s.Bytes += ch.Bytes
+	}
+	return s
+}
+
 // sortChanges puts changes in the order of their paths, a removed file before
 // one added in its place.
 func sortChanges(changes []*Change) {

@@ -188,8 +188,8 @@ func entrySectors(entry []byte, i int) int64 {
 	return int64(binary.LittleEndian.Uint32(entry[i:])) * mbrSector
 }
 
-// errNoPart is wrapped with the table by Choose.
-var errNoPart = errors.New("no such partition")
+// ErrNoPartition says that the image has no partition of that number.
+var ErrNoPartition = errors.New("no such partition")
 
 // Choose returns the partition of that number of r.
 func Choose(r block.Reader, number int) (Part, error) {
@@ -198,14 +198,14 @@ func Choose(r block.Reader, number int) (Part, error) {
 		return Part{}, err
 	}
 	if table == "" {
-		return Part{}, fmt.Errorf("partition %d: %w: the image has no partition table", number, errNoPart)
+		return Part{}, fmt.Errorf("partition %d: %w: the image has no partition table", number, ErrNoPartition)
 	}
 	for _, p := range parts {
 		if p.Number == number {
 			return p, nil
 		}
 	}
-	return Part{}, fmt.Errorf("partition %d: %w: the %s table has %s", number, errNoPart, table, numbers(parts))
+	return Part{}, fmt.Errorf("partition %d: %w: the %s table has %s", number, ErrNoPartition, table, numbers(parts))
 }
 
 // numbers lists the numbers of parts.

@@ -2,6 +2,7 @@ package files
 
 import (
 	"fmt"
+	"io/fs"
 	"time"
 )
 
@@ -20,7 +21,12 @@ type StatJSON struct {
 	Changed  *time.Time `json:"changed,omitempty"`
 	Accessed *time.Time `json:"accessed,omitempty"`
 	Born     *time.Time `json:"born,omitempty"`
+
+	mode fs.FileMode
 }
+
+// FileMode returns the mode and type.
+func (s *StatJSON) FileMode() fs.FileMode { return s.mode }
 
 // StatOf returns what JSON says of f. A link whose target cannot be read has
 // none.
@@ -28,10 +34,10 @@ func StatOf(f File) *StatJSON {
 	a := f.Attr()
 	s := &StatJSON{
 		Type: TypeName(a.Mode), ID: a.ID, Mode: fmt.Sprintf("%04o", UnixMode(a.Mode)&0o7777),
-		UID: a.UID, GID: a.GID, Links: a.Links, Size: a.Size,
+		UID: a.UID, GID: a.GID, Links: a.Links, Size: a.Size, mode: a.Mode,
 		Modified: timeOrNil(a.Modified), Changed: timeOrNil(a.Changed), Accessed: timeOrNil(a.Accessed), Born: timeOrNil(a.Born),
 	}
-	if TypeName(a.Mode) == "symbolic link" {
+	if a.Mode&fs.ModeSymlink != 0 {
 		s.Target, _ = f.Link()
 	}
 	if a.Major != 0 || a.Minor != 0 {
@@ -47,4 +53,37 @@ func timeOrNil(t time.Time) *time.Time {
 	}
 	t = t.UTC()
 	return &t
+}
+
+// A Place is a run of a file's bytes and where it lies, in bytes from the
+// beginning of the file system.
+type Place struct {
+	Off       int64 `json:"offset"` // in the file
+	Start     int64 `json:"start"`
+	N         int64 `json:"length"`
+	Unwritten bool  `json:"unwritten,omitempty"` // reads as zeros
+}
+
+// End returns the offset after the place.
+func (p Place) End() int64 { return p.Start + p.N }
+
+// Places returns where a file's bytes lie; what is left out is a hole, or in
+// the inode. The error is ErrUnsupported for other than ext file systems.
+func Places(f File) ([]Place, error) {
+	x, ok := f.(*extFile)
+	if !ok {
+		return nil, fmt.Errorf("places of a file: %w", ErrUnsupported)
+	}
+	if !x.IsRegular() && !x.IsDir() {
+		return nil, nil
+	}
+	extents, err := x.Extents()
+	if err != nil {
+		return nil, err
+	}
+	out := make([]Place, len(extents))
+	for i, e := range extents {
+		out[i] = Place{Off: e.Off, Start: e.Phys, N: e.N, Unwritten: e.Unwritten}
+	}
+	return out, nil
 }

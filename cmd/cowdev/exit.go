@@ -10,6 +10,8 @@ import (
 	"syscall"
 
 	"github.com/cowdev/cowdev/exception"
+	"github.com/cowdev/cowdev/files"
+	"github.com/cowdev/cowdev/files/ext4"
 	"github.com/cowdev/cowdev/image"
 	"github.com/cowdev/cowdev/internal/disk"
 )
@@ -52,12 +54,12 @@ var statuses = []struct {
 	{exitLocked, []error{disk.ErrLocked, syscall.EADDRINUSE}},
 	{exitWrongBase, []error{image.ErrWrongBase}},
 	{exitNotStore, []error{exception.ErrNotStore, exception.ErrVersion}},
-	{exitDamaged, []error{exception.ErrCorrupt, image.ErrIdentity}},
+	{exitDamaged, []error{exception.ErrCorrupt, image.ErrIdentity, files.ErrDamaged, ext4.ErrCorrupt}},
 	{exitNoSpace, []error{exception.ErrFull, syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG}},
 	{exitFile, []error{
 		disk.ErrKind, image.ErrUnusable, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
 		syscall.EISDIR, syscall.ENOTDIR, syscall.EROFS, syscall.ENAMETOOLONG, syscall.ELOOP,
-		syscall.ENXIO,
+		syscall.ENXIO, files.ErrNoFS, files.ErrNoPartition, files.ErrUnsupported, ext4.ErrUnsupported, ext4.ErrEncrypted,
 	}},
 }
 

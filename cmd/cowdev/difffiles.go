@@ -1,0 +1,146 @@
+package main
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/cowdev/cowdev/files"
+)
+
+// diffFilesFlags are the flags of diff that go with --files.
+func diffFilesFlags() []cli.Flag {
+	return []cli.Flag{
+		&cli.BoolFlag{Name: "files", Usage: "compare files instead of blocks"},
+		partitionFlag,
+		&cli.BoolFlag{Name: "all", Usage: "files: compare all, not only what the changed blocks can have touched"},
+		&cli.BoolFlag{Name: "no-renames", Usage: "files: show a renamed file as removed and added"},
+		&cli.BoolFlag{Name: "stat", Usage: "files: show the bytes changed per file, and sums"},
+		&cli.BoolFlag{Name: "content", Usage: "files: show how the content of text files differs"},
+		&cli.StringFlag{Name: "content-limit", Value: "1M", Usage: "files: largest text file whose content is compared"},
+		&cli.StringFlag{Name: "tar", Usage: "files: write what changed to `OUT`, an OCI layer; - for stdout"},
+	}
+}
+
+// diffFiles is diff --files BASE COW.
+func diffFiles(c *cli.Context, basePath, cowPath string) (err error) {
+	limit, err := parseSize(c.String("content-limit"))
+	if err != nil {
+		return usagef("--content-limit: %w", err)
+	}
+	if n := countSet(c, "stat", "content", "json"); n > 1 || n > 0 && c.String("tar") == "-" {
+		return usagef("diff --files: --stat, --content, --json and --tar - each take all of the output, expected one of them")
+	}
+	v, err := openPair(c, basePath, cowPath)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, v.close()) }()
+	overlay, err := v.overlay()
+	if err != nil {
+		return fmt.Errorf("%s: %w", cowPath, err)
+	}
+	old, err := files.Open(v.base)
+	if err != nil {
+		return fmt.Errorf("%s: %w", basePath, err)
+	}
+	now, err := files.Open(v)
+	if err != nil {
+		return fmt.Errorf("%s: %w", cowPath, err)
+	}
+	r, err := files.Compare(old, now, files.Options{Changed: overlay, All: c.Bool("all"), NoRenames: c.Bool("no-renames")})
+	if err != nil {
+		return fmt.Errorf("compare %s with %s: %w", basePath, cowPath, err)
+	}
+	if err := writeDiffFiles(c, r, now, limit); err != nil {
+		return err
+	}
+	if len(r.Changes) > 0 {
+		return quietError(exitFailure)
+	}
+	return nil
+}
+
+// countSet returns how many of the flags are set.
+func countSet(c *cli.Context, flags ...string) (n int) {
+	for _, f := range flags {
+		if c.Bool(f) {
+			n++
+		}
+	}
+	return n
+}
+
+// writeDiffFiles prints a result in the form that was asked for.
+func writeDiffFiles(c *cli.Context, r *files.Result, now files.FS, limit int64) error {
+	if out := c.String("tar"); out != "" {
+		if err := writeLayer(c, r, now, out); err != nil || out == "-" {
+			return err
+		}
+	}
+	w := bufio.NewWriter(c.App.Writer)
+	switch {
+	case c.Bool("json"):
+		list := r.Changes
+		if list == nil {
+			list = []*files.Change{}
+		}
+		if err := printJSON(w, map[string]any{"changes": list, "summary": r.Summary(), "fast": r.Fast}); err != nil {
+			return err
+		}
+	case c.Bool("content"):
+		if err := r.WriteContent(w, limit); err != nil {
+			return err
+		}
+	case c.Bool("stat"):
+		writeDiffStat(w, r)
+	default:
+		for _, ch := range r.Changes {
+			fmt.Fprintln(w, ch)
+		}
+	}
+	return w.Flush()
+}
+
+// writeDiffStat prints the bytes changed per file, and the sums.
+func writeDiffStat(w io.Writer, r *files.Result) {
+	for _, ch := range r.Changes {
+		fmt.Fprintf(w, "%15d  %-10s  %s\n", ch.Bytes, ch.Status, files.Quote(ch.Path))
+	}
+	s := r.Summary()
+	fmt.Fprintf(w, "%d added, %d removed, %d modified, %d renamed, %d with other attributes; %s changed\n",
+		s.Added, s.Removed, s.Modified, s.Renamed, s.Attributes, size(s.Bytes))
+}
+
+// writeLayer writes the layer to a new file, or to stdout.
+func writeLayer(c *cli.Context, r *files.Result, now files.FS, out string) (err error) {
+	w := c.App.Writer
+	if out != "-" {
+		f, openErr := os.OpenFile(out, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o666)
+		if openErr != nil {
+			return fmt.Errorf("--tar: %w", openErr)
+		}
+		defer func() {
+			if err = errors.Join(err, f.Close()); err != nil {
+				os.Remove(out)
+			}
+		}()
+		w = f
+	}
+	b := bufio.NewWriterSize(w, 1<<20)
+	skipped, err := r.WriteTar(b, now)
+	if err == nil {
+		err = b.Flush()
+	}
+	for _, name := range skipped {
+		warn(c, "%s: a socket, left out of the layer", files.Quote(name))
+	}
+	if err != nil {
+		return fmt.Errorf("--tar %s: %w", out, err)
+	}
+	return nil
+}

@@ -1,0 +1,105 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"text/tabwriter"
+
+	"github.com/urfave/cli/v2"
+
+	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/files"
+)
+
+func whyCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "why",
+		Usage:     "Show which files and directories an overlay's space went to",
+		ArgsUsage: "BASE COW",
+		Description: "COW is a store, or the socket or NBD URI of the server that serves it. " +
+			"The file system must be ext2, ext3 or ext4.",
+		Flags: append([]cli.Flag{
+			partitionFlag,
+			&cli.IntFlag{Name: "top", Value: 15, Usage: "how many directories and files to show, 0 for all; JSON has all"},
+			jsonFlag,
+		}, baseFlags()...),
+		Action: why,
+	}
+}
+
+// whyReport is what why prints; the JSON names are part of the interface.
+type whyReport struct {
+	*files.SpaceReport
+	Dropped int64 `json:"recorded-zeros"` // known as zeros, and stored nowhere
+}
+
+func why(c *cli.Context) (err error) {
+	args, err := arguments(c, c.Command.ArgsUsage)
+	if err != nil {
+		return err
+	}
+	if c.Int("top") < 0 {
+		return usagef("--top: %d: expected 0 or more", c.Int("top"))
+	}
+	v, err := openPair(c, args[0], args[1])
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, v.close()) }()
+	fsys, err := files.Open(v)
+	if err != nil {
+		return fmt.Errorf("%s: %w", args[1], err)
+	}
+	overlay, err := v.overlay()
+	if err != nil {
+		return fmt.Errorf("%s: %w", args[1], err)
+	}
+	r := whyReport{}
+	var stored []block.Extent
+	for _, e := range overlay {
+		if e.State == block.Stored {
+			stored = append(stored, e)
+		} else {
+			r.Dropped += e.N
+		}
+	}
+	if r.SpaceReport, err = files.Why(v.base, v, fsys, stored); err != nil {
+		return fmt.Errorf("%s: %w", args[1], err)
+	}
+	if c.Bool("json") {
+		return printJSON(c.App.Writer, r)
+	}
+	return r.print(c.App.Writer, c.Int("top"))
+}
+
+// print prints the report, with at most top paths of each kind.
+func (r *whyReport) print(w io.Writer, top int) error {
+	fmt.Fprintf(w, "stored: %s; recorded as zeros, without space: %s\n\n", size(r.Total.Stored), size(r.Dropped))
+	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', tabwriter.AlignRight)
+	row := func(s files.Space, name string) {
+		fmt.Fprintf(t, "%s\t%s\t%s\t  %s\n", short(s.Stored), short(s.Equal), short(s.Zeros), name)
+	}
+	fmt.Fprintf(t, "stored\tas in base\tzeros\t  kind\n")
+	for _, k := range r.Kinds {
+		name := k.Kind.String()
+		if k.Kind == files.Free {
+			name += " (not trimmed: fstrim gives it back)"
+		}
+		row(k.Space, name)
+	}
+	for _, list := range []struct {
+		title string
+		paths []files.PathSpace
+	}{{"directory, with all below", r.Dirs}, {"file", r.Files}} {
+		fmt.Fprintf(t, "\t\t\t\nstored\tas in base\tzeros\t  %s\n", list.title)
+		for i, p := range list.paths {
+			if i == top && top > 0 {
+				fmt.Fprintf(t, "\t\t\t  and %d more\n", len(list.paths)-i)
+				break
+			}
+			row(p.Space, files.Quote(p.Path))
+		}
+	}
+	return t.Flush()
+}

@@ -1,0 +1,219 @@
+package files
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// ExtractOptions says how files are taken out of an image.
+type ExtractOptions struct {
+	// Archive keeps owners, times, extended attributes and hard links, and
+	// makes devices; it mostly needs root. Without it permissions are kept,
+	// set-id bits are not.
+	Archive bool
+
+	// Replace overwrites regular files that exist.
+	Replace bool
+}
+
+// Extract copies f, with all below it when it is a directory, to name in root.
+// Zeros become holes. A directory that exists is filled; a file that exists is
+// fs.ErrExist without Replace. Nothing is written outside root, whatever links
+// there are. It returns the paths, from f, of files that were passed over:
+// sockets, and without Archive devices.
+func Extract(f File, root *os.Root, name string, o ExtractOptions) (skipped []string, err error) {
+	x := &extractor{root: root, o: o, made: map[uint64]string{}}
+	err = Walk(name, f, x.one)
+	// Directories get their attributes last, deepest first: before, they may
+	// not be writable, and their times would change.
+	for i := len(x.dirs) - 1; i >= 0 && err == nil; i-- {
+		err = x.attributes(x.dirs[i].name, x.dirs[i].f)
+	}
+	return x.skipped, err
+}
+
+type extractor struct {
+	root *os.Root
+	o    ExtractOptions
+	made map[uint64]string // first names of files with several
+	dirs []extracted
+
+	skipped []string
+}
+
+type extracted struct {
+	name string
+	f    File
+}
+
+// one extracts one file.
+func (x *extractor) one(name string, f File) error {
+	if err := x.create(name, f); err != nil {
+		return fmt.Errorf("copy %s: %w", Quote(name), err)
+	}
+	return nil
+}
+
+func (x *extractor) create(name string, f File) error {
+	a := f.Attr()
+	if a.Mode.IsDir() {
+		err := x.root.Mkdir(name, 0o700)
+		if errors.Is(err, fs.ErrExist) {
+			info, statErr := x.root.Lstat(name)
+			if statErr == nil && info.IsDir() {
+				err = nil
+			}
+		}
+		x.dirs = append(x.dirs, extracted{name, f})
+		return err
+	}
+	if first := x.made[a.ID]; x.o.Archive && first != "" && a.Links > 1 {
+		return x.root.Link(first, name)
+	}
+	made, err := x.leaf(name, f)
+	if err != nil {
+		return err
+	}
+	if !made {
+		x.skipped = append(x.skipped, name)
+		return nil
+	}
+	if a.ID != 0 {
+		x.made[a.ID] = name
+	}
+	return x.attributes(name, f)
+}
+
+// leaf makes what is no directory; false says that it was passed over.
+func (x *extractor) leaf(name string, f File) (made bool, err error) {
+	a := f.Attr()
+	switch typ := a.Mode.Type(); {
+	case typ == 0:
+		return true, x.regular(name, f)
+	case typ == fs.ModeSymlink:
+		target, err := f.Link()
+		if err != nil {
+			return false, err
+		}
+		return true, x.root.Symlink(target, name)
+	case x.o.Archive && typ&(fs.ModeDevice|fs.ModeNamedPipe) != 0:
+		return true, x.special(name, a)
+	}
+	return false, nil
+}
+
+// regular copies content.
+func (x *extractor) regular(name string, f File) (err error) {
+	flags := os.O_WRONLY | os.O_CREATE | os.O_EXCL
+	if x.o.Replace {
+		if info, err := x.root.Lstat(name); err == nil && !info.IsDir() {
+			if err := x.root.Remove(name); err != nil {
+				return err
+			}
+		}
+	}
+	out, err := x.root.OpenFile(name, flags, 0o600)
+	if err != nil {
+		return err
+	}
+	defer func() { err = errors.Join(err, out.Close()) }()
+	size := f.Attr().Size
+	if err := out.Truncate(size); err != nil {
+		return err
+	}
+	return eachData(f, size, func(p []byte, off int64) error {
+		_, err := out.WriteAt(p, off)
+		return err
+	})
+}
+
+// special makes a device or a fifo.
+func (x *extractor) special(name string, a Attr) error {
+	dir, err := x.root.Open(path.Dir(name))
+	if err != nil {
+		return err
+	}
+	defer dir.Close()
+	return unix.Mknodat(int(dir.Fd()), path.Base(name), UnixMode(a.Mode)&^0o7777|0o600, int(unix.Mkdev(a.Major, a.Minor)))
+}
+
+// attributes gives a file its attributes.
+func (x *extractor) attributes(name string, f File) error {
+	a := f.Attr()
+	link := a.Mode&fs.ModeSymlink != 0
+	mode := a.Mode
+	if x.o.Archive {
+		// The owner first: changing it takes set-id bits away.
+		if err := x.root.Lchown(name, int(a.UID), int(a.GID)); err != nil {
+			return err
+		}
+		if err := x.xattrs(name, f); err != nil {
+			return err
+		}
+	} else {
+		mode &^= fs.ModeSetuid | fs.ModeSetgid
+	}
+	if link {
+		return nil // its permissions mean nothing, its times cannot be set in a root
+	}
+	if err := x.root.Chmod(name, mode); err != nil {
+		return err
+	}
+	if x.o.Archive && !a.Modified.IsZero() {
+		return x.root.Chtimes(name, time.Time{}, a.Modified)
+	}
+	return nil
+}
+
+// xattrs sets the extended attributes of a file or a directory.
+func (x *extractor) xattrs(name string, f File) error {
+	mode := f.Attr().Mode
+	attrs, err := f.Xattrs()
+	if err != nil || len(attrs) == 0 || !mode.IsRegular() && !mode.IsDir() {
+		return err
+	}
+	out, err := x.root.Open(name)
+	if err != nil {
+		return err
+	}
+	defer out.Close()
+	for key, value := range attrs {
+		if err := unix.Fsetxattr(int(out.Fd()), key, value, 0); err != nil {
+			return fmt.Errorf("set attribute %s: %w", strings.ToValidUTF8(key, "?"), err)
+		}
+	}
+	return nil
+}
+
+// eachData calls data for the pieces of a file that hold something but zeros.
+func eachData(f io.ReaderAt, size int64, data func(p []byte, off int64) error) error {
+	const piece, unit = 1 << 20, 4096
+	buf := make([]byte, min(piece, size))
+	for off := int64(0); off < size; {
+		p := buf[:min(piece, size-off)]
+		if err := readFull(f, p, off); err != nil {
+			return err
+		}
+		for len(p) > 0 {
+			n, zero := 0, isZero(p[:min(unit, len(p))])
+			for n < len(p) && isZero(p[n:min(n+unit, len(p))]) == zero {
+				n = min(n+unit, len(p))
+			}
+			if !zero {
+				if err := data(p[:n], off); err != nil {
+					return err
+				}
+			}
+			p, off = p[n:], off+int64(n)
+		}
+	}
+	return nil
+}
