@@ -8,6 +8,7 @@ import (
 	"math"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -279,13 +280,16 @@ func TestDurability(t *testing.T) {
 
 // The errors of a device become those of the specification.
 func TestDeviceErrors(t *testing.T) {
-	var fail error
-	var on string
+	type fault struct {
+		on  string
+		err error
+	}
+	var now atomic.Pointer[fault]
 	dev := newMemDevice(testSize)
 	dev.cold = func(int64, int64) bool { return true }
 	dev.before = func(op string, _, _ int64) error {
-		if op == on {
-			return fail
+		if f := now.Load(); f != nil && op == f.on {
+			return f.err
 		}
 		return nil
 	}
@@ -306,7 +310,7 @@ func TestDeviceErrors(t *testing.T) {
 			{errors.New("anything"), nbd.EIO},
 			{io.EOF, nbd.EIO},
 		} {
-			fail = e.err
+			failOn := func(op string) { now.Store(&fault{op, e.err}) }
 			for op, r := range map[string]req{
 				"read":  {Type: nbd.CmdRead, Length: 512},
 				"write": {Type: nbd.CmdWrite, Flags: payloadFlag(c), Payload: make([]byte, 512)},
@@ -315,21 +319,21 @@ func TestDeviceErrors(t *testing.T) {
 				"zero":  {Type: nbd.CmdWriteZeroes, Length: 512},
 				"cache": {Type: nbd.CmdCache, Length: 512},
 			} {
-				on = op
+				failOn(op)
 				expectError(t, c, e.want, r)
 			}
-			on = "write"
+			failOn("write")
 			expectError(t, c, e.want, req{Type: nbd.CmdWrite, Flags: payloadFlag(c), Payload: make([]byte, 300_000)})
-			on = "flush"
+			failOn("flush")
 			expectError(t, c, e.want, req{Type: nbd.CmdWrite, Flags: nbd.CmdFlagFUA | payloadFlag(c), Payload: make([]byte, 512)})
-			on = "extents"
+			failOn("extents")
 			if chunked {
 				expectError(t, c, e.want, req{Type: nbd.CmdBlockStatus, Length: 512})
 			}
 		}
-		on, fail = "zero", wrapped(syscall.ENOTSUP)
+		now.Store(&fault{"zero", wrapped(syscall.ENOTSUP)})
 		expectError(t, c, nbd.ENOTSUP, req{Type: nbd.CmdWriteZeroes, Flags: nbd.CmdFlagFastZero, Length: 512})
-		on = ""
+		now.Store(nil)
 		expectError(t, c, 0, req{Type: nbd.CmdRead, Length: 512})
 	})
 }
