@@ -10,9 +10,9 @@ import (
 // reorder puts the flags of the verb in args before its arguments: the library
 // stops looking for flags at the first argument, and what follows would be
 // taken for arguments. "--" ends flags and stays in front of the arguments.
-func reorder(args []string, commands []*cli.Command) []string {
+func reorder(args []string, commands []*cli.Command) ([]string, error) {
 	if len(args) < 2 {
-		return args
+		return args, nil
 	}
 	var verb *cli.Command
 	for _, c := range commands {
@@ -21,7 +21,7 @@ func reorder(args []string, commands []*cli.Command) []string {
 		}
 	}
 	if verb == nil {
-		return args
+		return args, nil
 	}
 	flags := append([]string{}, args[:2]...)
 	var plain []string
@@ -36,12 +36,16 @@ func reorder(args []string, commands []*cli.Command) []string {
 			plain = append(plain, arg)
 		default:
 			flags = append(flags, arg)
-			if takesValue(verb, arg) && len(rest) > 0 {
-				flags, rest = append(flags, rest[0]), rest[1:]
+			if !takesValue(verb, arg) {
+				continue
 			}
+			if len(rest) == 0 || rest[0] == "--" {
+				return nil, usagef("%s: %s needs a value", verb.Name, arg)
+			}
+			flags, rest = append(flags, rest[0]), rest[1:]
 		}
 	}
-	return append(append(flags, "--"), plain...)
+	return append(append(flags, "--"), plain...), nil
 }
 
 // takesValue reports whether the argument after arg is the value of the flag

@@ -37,8 +37,10 @@ func verbs() []*cli.Command {
 // and returns the exit status.
 func run(args []string, stdout, stderr io.Writer) int {
 	app := newApp(stdout, stderr)
-	args = reorder(args, app.Commands)
-	err := app.RunContext(context.Background(), args)
+	args, err := reorder(args, app.Commands)
+	if err == nil {
+		err = app.RunContext(context.Background(), args)
+	}
 	if err != nil {
 		report(stderr, err)
 	}
