@@ -1,0 +1,248 @@
+package nbdserver_test
+
+import (
+	"bytes"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/tls"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/internal/nbd"
+	"github.com/cowdev/cowdev/internal/nbdclient"
+	"github.com/cowdev/cowdev/nbdserver"
+)
+
+// An authority signs certificates for one test.
+type authority struct {
+	t    *testing.T
+	cert *x509.Certificate
+	key  *ecdsa.PrivateKey
+	pem  []byte
+}
+
+func newAuthority(t *testing.T) *authority {
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(t, err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test authority"},
+		NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: time.Now().Add(48 * time.Hour),
+		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	check(t, err)
+	cert, err := x509.ParseCertificate(der)
+	check(t, err)
+	return &authority{t, cert, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}
+}
+
+// issue returns the PEM of a certificate that ends at a time, and of its key.
+func (a *authority) issue(name string, until time.Time) (cert, key []byte) {
+	priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	check(a.t, err)
+	template := &x509.Certificate{
+		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
+		NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: until,
+		KeyUsage:    x509.KeyUsageDigitalSignature,
+		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+	}
+	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, priv.Public(), a.key)
+	check(a.t, err)
+	der2, err := x509.MarshalPKCS8PrivateKey(priv)
+	check(a.t, err)
+	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
+		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der2})
+}
+
+// write puts the server's files into dir.
+func (a *authority) write(dir string) {
+	cert, key := a.issue("server", time.Now().Add(time.Hour))
+	for name, data := range map[string][]byte{"ca-cert.pem": a.pem, "server-cert.pem": cert, "server-key.pem": key} {
+		check(a.t, os.WriteFile(filepath.Join(dir, name), data, 0o600))
+	}
+}
+
+// client returns a client's TLS configuration.
+func (a *authority) client(until time.Time) *tls.Config {
+	certPEM, keyPEM := a.issue("client", until)
+	cert, err := tls.X509KeyPair(certPEM, keyPEM)
+	check(a.t, err)
+	roots := x509.NewCertPool()
+	roots.AddCert(a.cert)
+	return &tls.Config{ServerName: "server", RootCAs: roots, Certificates: []tls.Certificate{cert}}
+}
+
+// serveTLS serves dev in a mode and returns what has signed the certificates.
+func serveTLS(t *testing.T, mode nbdserver.TLSMode, dev block.Device) (*rig, *authority, *nbdserver.Certificates, string) {
+	a, dir := newAuthority(t), t.TempDir()
+	a.write(dir)
+	in := func(name string) string { return filepath.Join(dir, name) }
+	certs, err := nbdserver.LoadCertificates(in("server-cert.pem"), in("server-key.pem"), in("ca-cert.pem"))
+	check(t, err)
+	r := serve(t, nbdserver.Config{Exports: []nbdserver.Export{{Device: dev}}, TLS: mode, TLSConfig: certs.Config})
+	return r, a, certs, dir
+}
+
+func TestTLSAgainstModel(t *testing.T) {
+	for name, prepare := range map[string]func(*memDevice) block.Device{
+		"viewed": func(d *memDevice) block.Device { return d },
+		"cold":   func(d *memDevice) block.Device { d.cold = func(int64, int64) bool { return true }; return d },
+	} {
+		t.Run(name, func(t *testing.T) {
+			dev := newMemDevice(testSize)
+			model := bytes.Clone(dev.data)
+			r, a, _, _ := serveTLS(t, nbdserver.TLSRequire, prepare(dev))
+			c := r.greet()
+			check(t, c.StartTLS(a.client(time.Now().Add(time.Hour))))
+			check(t, c.StructuredReplies())
+			check(t, c.Go(""))
+			compareWithModel(t, c, model)
+			check(t, c.Send(c.Encode(req{Type: nbd.CmdDisc})))
+			expectEnd(t, c) // with a close_notify, or this were an error
+		})
+	}
+}
+
+// Before TLS a server that requires it does nothing else.
+func TestTLSRequired(t *testing.T) {
+	r, a, _, _ := serveTLS(t, nbdserver.TLSRequire, newMemDevice(testSize))
+	c := r.greet()
+	for _, code := range []uint32{nbd.OptList, nbd.OptStructuredReply, nbd.OptExtendedHeaders, nbd.OptListMetaContext, nbd.OptSetMetaContext, 99} {
+		expectFinal(t, c, nbd.RepErrTLSReqd, code)
+	}
+	for _, code := range []uint32{nbd.OptInfo, nbd.OptGo} {
+		expectFinal(t, c, nbd.RepErrTLSReqd, code, nbdclient.InfoQuery(""))
+		expectFinal(t, c, nbd.RepErrTLSReqd, code, nbdclient.InfoQuery("nothere"))
+	}
+	check(t, c.StartTLS(a.client(time.Now().Add(time.Hour))))
+	expectFinal(t, c, nbd.RepErrInvalid, nbd.OptStartTLS)
+	stillTalks(t, c)
+
+	c = r.greet()
+	check(t, c.SendOption(nbd.OptExportName))
+	expectEnd(t, c)
+	c = r.greet()
+	expectFinal(t, c, nbd.RepAck, nbd.OptAbort)
+	expectEnd(t, c)
+}
+
+func TestTLSOptionErrors(t *testing.T) {
+	c := serveDevice(t, newMemDevice(testSize)).greet()
+	expectFinal(t, c, nbd.RepErrPolicy, nbd.OptStartTLS)
+	stillTalks(t, c)
+
+	r, _, _, _ := serveTLS(t, nbdserver.TLSAllow, newMemDevice(testSize))
+	c = r.greet()
+	expectFinal(t, c, nbd.RepErrInvalid, nbd.OptStartTLS, []byte("x"))
+	stillTalks(t, c) // in plain text, which this server allows
+
+	nc, err := net.Dial("unix", r.socket)
+	check(t, err)
+	defer nc.Close()
+	old := nbdclient.Raw(nc)
+	old.Recv(18)
+	check(t, old.Send(nbdclient.Uint32(0))) // no fixed newstyle: must be served without TLS
+	expectFinal(t, old, nbd.RepErrPolicy, nbd.OptStartTLS)
+}
+
+// What was agreed on in plain text is forgotten.
+func TestTLSForgets(t *testing.T) {
+	r, a, _, _ := serveTLS(t, nbdserver.TLSAllow, newMemDevice(testSize))
+	c := r.greet()
+	check(t, c.StructuredReplies())
+	check(t, c.SetMetaContexts("", "base:allocation"))
+	check(t, c.StartTLS(a.client(time.Now().Add(time.Hour))))
+	check(t, c.Go(""))
+	if c.Flags&nbd.FlagSendDF != 0 {
+		t.Errorf("flags %#x: structured replies outlived STARTTLS", c.Flags)
+	}
+	expectError(t, c, nbd.EINVAL, req{Type: nbd.CmdBlockStatus, Length: 512})
+}
+
+// Options that a man in the middle put behind STARTTLS in plain text are not
+// taken for options that came by TLS.
+func TestTLSInjection(t *testing.T) {
+	r, _, _, _ := serveTLS(t, nbdserver.TLSAllow, newMemDevice(testSize))
+	c := r.greet()
+	option := append(nbdclient.Uint64(nbd.OptionMagic), 0, 0, 0, nbd.OptStartTLS, 0, 0, 0, 0)
+	injected := append(nbdclient.Uint64(nbd.OptionMagic), 0, 0, 0, nbd.OptList, 0, 0, 0, 0)
+	check(t, c.Send(option, injected))
+	reply, err := c.OptionReply(nbd.OptStartTLS)
+	check(t, err)
+	if reply.Type != nbd.RepAck {
+		t.Fatalf("reply %#x", reply.Type)
+	}
+	if reply, err := c.OptionReply(nbd.OptList); err == nil {
+		t.Errorf("the injected option was answered: %+v", reply)
+	}
+}
+
+func TestTLSClientCertificates(t *testing.T) {
+	r, a, _, _ := serveTLS(t, nbdserver.TLSRequire, newMemDevice(testSize))
+	missing := a.client(time.Now().Add(time.Hour))
+	missing.Certificates = nil
+	foreign := newAuthority(t).client(time.Now().Add(time.Hour))
+	foreign.RootCAs = missing.RootCAs
+	old := a.client(time.Now().Add(time.Hour))
+	old.MaxVersion = tls.VersionTLS11
+	for name, conf := range map[string]*tls.Config{
+		"missing": missing,
+		"expired": a.client(time.Now().Add(-time.Hour)),
+		"foreign": foreign,
+		"TLS 1.1": old,
+	} {
+		t.Run(name, func(t *testing.T) {
+			c := r.greet()
+			err := c.StartTLS(conf)
+			if err == nil { // TLS 1.3 tells a client only when it reads
+				err = c.Go("")
+			}
+			if err == nil {
+				t.Error("the client was let in")
+			}
+		})
+	}
+	conf := a.client(time.Now().Add(time.Hour))
+	conf.MaxVersion = tls.VersionTLS12
+	c := r.greet()
+	check(t, c.StartTLS(conf))
+	stillTalks(t, c)
+}
+
+// New certificates are for new connections; broken files change nothing.
+func TestCertificatesReload(t *testing.T) {
+	r, old, certs, dir := serveTLS(t, nbdserver.TLSRequire, newMemDevice(testSize))
+	until := time.Now().Add(time.Hour)
+	open := r.greet()
+	check(t, open.StartTLS(old.client(until)))
+
+	fresh := newAuthority(t)
+	fresh.write(dir)
+	check(t, certs.Reload())
+	c := r.greet()
+	check(t, c.StartTLS(fresh.client(until)))
+	stillTalks(t, c)
+	stillTalks(t, open)
+	if err := r.greet().StartTLS(old.client(until)); err == nil {
+		t.Error("the new certificate satisfies who trusts the old authority")
+	}
+
+	for _, name := range []string{"ca-cert.pem", "server-key.pem"} {
+		check(t, os.WriteFile(filepath.Join(dir, name), []byte("garbage"), 0o600))
+		if err := certs.Reload(); err == nil {
+			t.Errorf("garbage in %s was accepted", name)
+		}
+	}
+	c = r.greet()
+	check(t, c.StartTLS(fresh.client(until)))
+	stillTalks(t, c)
+}
