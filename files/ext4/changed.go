@@ -10,8 +10,10 @@ import (
 // Changed returns, sorted, the inodes that may differ between two file systems
 // of which updated came from old by writing to the given ranges of the image,
 // and nowhere else: in their attributes, their data, a directory's names or
-// extended attributes. An inode that is not returned is the same in both. The
-// inodes of the file system itself (journal, resize, quota) are left out.
+// extended attributes. An inode that is not returned is the same in both; of a
+// file that was renamed within the same second, the directories may be all
+// that changed. The inodes of the file system itself (journal, resize, quota)
+// are left out.
 //
 // The error wraps ErrDifferent when the two do not have the same shape, as
 // after a new mkfs or a resize: then all must be compared.
@@ -19,7 +21,10 @@ func Changed(old, updated *FS, ranges []Range) ([]uint32, error) {
 	if err := sameShape(old.sb, updated.sb); err != nil {
 		return nil, err
 	}
-	ranges = normalize(slices.Concat(ranges, old.replayed(), updated.replayed()))
+	ranges, err := ChangedRanges(old, updated, ranges)
+	if err != nil {
+		return nil, err
+	}
 	set := map[uint32]bool{}
 	for _, f := range []*FS{old, updated} {
 		for _, ino := range f.fc.touched() {
@@ -53,13 +58,67 @@ func sameShape(a, b *super) error {
 	return nil
 }
 
-// replayed returns the blocks that the journal replaces, and the journal's
-// that hold their content.
-func (f *FS) replayed() []Range {
+// ChangedRanges returns, sorted, the ranges in which the two file systems may
+// show different bytes after the image was written to in the ranges given.
+// Blocks that a journal replaces are compared: they are left out where they
+// are the same in both, and added where they are not.
+func ChangedRanges(old, updated *FS, ranges []Range) ([]Range, error) {
+	bs := int64(updated.sb.blockSize)
+	var differ, same []Range
+	for b := range mergedKeys(old.src.replay, updated.src.replay) {
+		p, err := old.src.block(b)
+		if err != nil {
+			return nil, err
+		}
+		q, err := updated.src.block(b)
+		if err != nil {
+			return nil, err
+		}
+		if r := (Range{int64(b) * bs, bs}); bytes.Equal(p, q) {
+			same = append(same, r)
+		} else {
+			differ = append(differ, r)
+		}
+	}
+	return subtract(normalize(append(differ, ranges...)), normalize(same)), nil
+}
+
+// Replayed returns, sorted, the ranges whose content is taken from the journal
+// and not from where they lie.
+func (f *FS) Replayed() []Range {
 	bs := int64(f.sb.blockSize)
-	var out []Range
+	out := make([]Range, 0, len(f.src.replay))
 	for b := range f.src.replay {
 		out = append(out, Range{int64(b) * bs, bs})
+	}
+	return normalize(out)
+}
+
+// mergedKeys returns the keys of both maps, each once.
+func mergedKeys(a, b map[uint64]logged) map[uint64]struct{} {
+	out := make(map[uint64]struct{}, len(a)+len(b))
+	for _, m := range []map[uint64]logged{a, b} {
+		for k := range m {
+			out[k] = struct{}{}
+		}
+	}
+	return out
+}
+
+// subtract returns ranges without what lies in without; both are normalized.
+func subtract(ranges, without []Range) []Range {
+	var out []Range
+	for _, r := range ranges {
+		at, end := r.Off, r.Off+r.N
+		for _, w := range overlapping(without, at, r.N) {
+			if w.Off > at {
+				out = append(out, Range{at, w.Off - at})
+			}
+			at = w.Off + w.N
+		}
+		if at < end {
+			out = append(out, Range{at, end - at})
+		}
 	}
 	return out
 }

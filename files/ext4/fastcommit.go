@@ -383,4 +383,3 @@ func (c *fastCommit) touched() []uint32 {
 	}
 	return append(slices.Collect(maps.Keys(c.inodes)), slices.Collect(maps.Keys(c.dirs))...)
 }
-

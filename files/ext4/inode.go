@@ -246,12 +246,14 @@ func (n *Inode) decode() {
 func (n *Inode) decodeBlocks() {
 	const flagHugeFile = 0x40000
 	n.Blocks = uint64(le.Uint32(n.raw[0x1C:]))
-	if n.fs.sb.roCompat&roCompatHugeFile == 0 {
-		return
+	if n.fs.sb.roCompat&roCompatHugeFile != 0 {
+		n.Blocks |= uint64(le.Uint16(n.raw[0x74:])) << 32
+		if n.Flags&flagHugeFile != 0 {
+			n.Blocks *= uint64(n.fs.sb.blockSize / 512)
+		}
 	}
-	n.Blocks |= uint64(le.Uint16(n.raw[0x74:])) << 32
-	if n.Flags&flagHugeFile != 0 {
-		n.Blocks *= uint64(n.fs.sb.blockSize / 512)
+	if n.Flags&FlagInlineData != 0 && n.IsRegular() {
+		n.Blocks += uint64(n.Size+511) / 512 // as the kernel tells it
 	}
 }
 

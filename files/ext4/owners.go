@@ -127,9 +127,17 @@ func (f *FS) newClaims(ranges []Range) (*claims, error) {
 		next = end
 	}
 	c.taken = make([]uint64, (c.left+63)/64)
-	meta, err := f.layout()
-	if err != nil {
+	if err := c.takeLayout(); err != nil {
 		return nil, err
+	}
+	return c, c.takeFree()
+}
+
+// takeLayout takes the blocks of the file system's own metadata.
+func (c *claims) takeLayout() error {
+	meta, err := c.fs.layout()
+	if err != nil {
+		return err
 	}
 	for _, w := range c.wanted {
 		i := sort.Search(len(meta), func(i int) bool { return meta[i].first+meta[i].n > w.first })
@@ -137,7 +145,26 @@ func (f *FS) newClaims(ranges []Range) (*claims, error) {
 			c.take(claim{first: meta[i].first, n: meta[i].n, kind: meta[i].kind})
 		}
 	}
-	return c, c.takeFree()
+	if c.fs.sb.clusterBits == 0 {
+		return nil
+	}
+	for _, m := range meta { // what is left of their clusters
+		cl := c.fs.sb.wholeClusters(claim{first: m.first, n: m.n, kind: KindReserved})
+		c.take(cl)
+	}
+	return nil
+}
+
+// wholeClusters returns cl grown to the clusters it lies in, which are
+// allocated as a whole. A file's blocks lie at the same places in clusters of
+// the file and of the image.
+func (sb *super) wholeClusters(cl claim) claim {
+	size := uint64(1) << sb.clusterBits
+	before := (cl.first - sb.firstDataBlock) % size
+	cl.first, cl.n = cl.first-before, cl.n+before
+	cl.logical -= min(before, cl.logical)
+	cl.n = min((cl.n+size-1)&^(size-1), sb.blocks-cl.first)
+	return cl
 }
 
 // takeFree takes the blocks that the bitmaps have free.
@@ -179,7 +206,7 @@ func (c *claims) take(cl claim) (took bool) {
 			}
 			c.taken[at/64] |= 1 << (at % 64)
 			c.left--
-			c.add(claim{first: b, n: 1, kind: cl.kind, ino: cl.ino, logical: cl.logical + b - cl.first})
+			c.found = appendClaim(c.found, claim{first: b, n: 1, kind: cl.kind, ino: cl.ino, logical: cl.logical + b - cl.first})
 			took = true
 		}
 	}
@@ -192,17 +219,17 @@ func (c *claims) wants(b uint64) bool {
 	return i < len(c.wanted) && c.wanted[i].first <= b
 }
 
-// add records a claim, joined to the last where it continues it.
-func (c *claims) add(cl claim) {
-	if n := len(c.found); n > 0 {
-		last := &c.found[n-1]
+// appendClaim appends cl, joined to the last where it continues it.
+func appendClaim(to []claim, cl claim) []claim {
+	if n := len(to); n > 0 {
+		last := &to[n-1]
 		if last.first+last.n == cl.first && last.kind == cl.kind && last.ino == cl.ino &&
 			(!cl.kind.inFile() || last.logical+last.n == cl.logical) {
 			last.n += cl.n
-			return
+			return to
 		}
 	}
-	c.found = append(c.found, cl)
+	return append(to, cl)
 }
 
 // inFile reports whether blocks of the kind have a place in their file.
@@ -301,17 +328,17 @@ func (c *claims) groups() []uint64 {
 func (c *claims) inode(n *Inode) (took bool, err error) {
 	data, node := c.fs.kinds(n)
 	err = n.walkMap(func(r run) error {
-		took = c.take(claim{first: r.phys, n: r.n, kind: data, ino: n.Ino, logical: r.logical}) || took
+		took = c.take(c.fs.sb.wholeClusters(claim{first: r.phys, n: r.n, kind: data, ino: n.Ino, logical: r.logical})) || took
 		return nil
 	}, func(b uint64) error {
-		took = c.take(claim{first: b, n: 1, kind: node, ino: n.Ino}) || took
+		took = c.take(c.fs.sb.wholeClusters(claim{first: b, n: 1, kind: node, ino: n.Ino})) || took
 		return nil
 	})
 	if err != nil {
 		return false, fmt.Errorf("inode %d: %w", n.Ino, err)
 	}
 	if b := n.xattrBlock; b != 0 && c.wants(b) {
-		c.take(claim{first: b, n: 1, kind: KindXattr, ino: n.Ino})
+		c.take(c.fs.sb.wholeClusters(claim{first: b, n: 1, kind: KindXattr, ino: n.Ino}))
 		took = true
 	}
 	return took, nil
@@ -341,30 +368,28 @@ func (f *FS) kinds(n *Inode) (data, node Kind) {
 // not found filled in.
 func (c *claims) owners(ranges []Range) []Owner {
 	slices.SortFunc(c.found, func(a, b claim) int { return cmp.Compare(a.first, b.first) })
+	var found []claim
+	for _, cl := range c.found {
+		found = appendClaim(found, cl)
+	}
 	bs := int64(c.fs.sb.blockSize)
 	end := int64(c.fs.sb.blocks) * bs
 	var out []Owner
-	i := 0
 	for _, r := range ranges {
 		for at := r.Off; at < r.Off+r.N; {
-			o := Owner{Range: Range{at, r.Off + r.N - at}, Kind: KindOutside}
-			for i < len(c.found) && int64(c.found[i].first+c.found[i].n)*bs <= at {
-				i++
+			for len(found) > 0 && int64(found[0].first+found[0].n)*bs <= at {
+				found = found[1:]
 			}
+			o := Owner{Range: Range{at, r.Off + r.N - at}, Kind: KindOutside}
 			switch {
 			case at >= end:
-			case i == len(c.found) || int64(c.found[i].first)*bs > at:
+			case len(found) > 0 && int64(found[0].first)*bs <= at:
+				o = found[0].owner(at, o.N, bs)
+			default:
 				o.Kind = KindUnknown
 				o.N = min(o.N, end-at)
-				if i < len(c.found) {
-					o.N = min(o.N, int64(c.found[i].first)*bs-at)
-				}
-			default:
-				cl := c.found[i]
-				o.Kind, o.Ino = cl.kind, cl.ino
-				o.N = min(o.N, int64(cl.first+cl.n)*bs-at)
-				if cl.kind.inFile() {
-					o.FileOff = int64(cl.logical)*bs + at - int64(cl.first)*bs
+				if len(found) > 0 {
+					o.N = min(o.N, int64(found[0].first)*bs-at)
 				}
 			}
 			out = append(out, o)
@@ -372,6 +397,16 @@ func (c *claims) owners(ranges []Range) []Owner {
 		}
 	}
 	return out
+}
+
+// owner returns what the claim says of at most n bytes at offset at, which
+// lies in it, with blocks of bs bytes.
+func (cl claim) owner(at, n, bs int64) Owner {
+	o := Owner{Range: Range{at, min(n, int64(cl.first+cl.n)*bs-at)}, Kind: cl.kind, Ino: cl.ino}
+	if cl.kind.inFile() {
+		o.FileOff = int64(cl.logical)*bs + at - int64(cl.first)*bs
+	}
+	return o
 }
 
 // A metaRange is blocks of the file system's own metadata.
@@ -412,4 +447,3 @@ func (f *FS) computeLayout() ([]metaRange, error) {
 	slices.SortFunc(out, func(a, b metaRange) int { return cmp.Compare(a.first, b.first) })
 	return out, nil
 }
-
