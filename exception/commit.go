@@ -1,6 +1,7 @@
 package exception
 
 import (
+	"io"
 	"slices"
 	"sync"
 
@@ -145,7 +146,7 @@ func (s *Store) copyBlock(data []byte, e Entry, b, limit int) ([]byte, bool) {
 	data = slices.Grow(data, bs)[:n+bs]
 	clear(data[n:])
 	got, err := s.file.ReadAt(data[n:], s.SlotOffset(e)+int64(b*bs))
-	if err != nil && got == 0 {
+	if err != nil && (err != io.EOF || got == 0) {
 		return data, false
 	}
 	return data, true // the file may end inside the device's last block

@@ -197,9 +197,12 @@ func (l *live) invalidate() {
 
 // setBroken leaves word that a sync failed: nobody adopts the memory, and who
 // opens the store in this boot does not trust cached pages (R26).
-func (l *live) setBroken() {
-	if l.area.Reserved(0) {
+func (l *live) setBroken(u UUID) {
+	if l.area.Reserve(0) == nil {
 		l.head[headValid].Store(stateBroken)
+		l.head[headUUID].Store(le.Uint64(u[:]))
+		l.head[headUUID+1].Store(le.Uint64(u[8:]))
+		l.head[headMagic].Store(areaMagic)
 	}
 }
 

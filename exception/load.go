@@ -44,15 +44,18 @@ func open(f disk.File, o Options) (*Store, error) {
 		o.Memory = Heap{}
 	}
 	s := newStore(f, h, o)
-	for _, c := range copies {
-		if c.header == h {
-			s.believed = c.at
-		}
-	}
+	s.believe(h, copies)
 	if s.live, err = newLive(o.Memory, h.UUID, h.Chunks()); err != nil {
 		return nil, fmt.Errorf("memory for %d chunks: %w", h.Chunks(), err)
 	}
-	if err := s.load(); err != nil {
+	s.adopted = !o.ReadOnly && !h.Clean && s.live.valid(h.UUID, h.epoch)
+	if !s.adopted && !o.ReadOnly {
+		err = s.distrust()
+	}
+	if err == nil {
+		err = s.load()
+	}
+	if err != nil {
 		s.live.release(true)
 		if s.comMem != nil {
 			free(s.comMem)
@@ -139,12 +142,8 @@ func readSuper(f disk.File) (*Header, []superCopy, error) {
 // or takes over what a dead process left.
 func (s *Store) load() error {
 	ld := &loader{s: s, pages: make(map[int64]bool)}
-	s.adopted = !s.opts.ReadOnly && !s.header.Clean && s.live.valid(s.shape.UUID, s.header.epoch)
 	if !s.opts.ReadOnly {
 		if !s.adopted {
-			if s.live.wasBroken(s.shape.UUID) {
-				dropCache(s.file)
-			}
 			s.live.forget()
 		}
 		mem, err := zeroed(s.geo.Chunks() * 8)
@@ -172,12 +171,35 @@ func (s *Store) load() error {
 	return ld.countSlots()
 }
 
-// dropCache makes the file's clean pages be read from the disk again, after a
-// sync that failed (R26).
-func dropCache(f disk.File) {
-	if d, ok := f.(interface{ DropCache() error }); ok {
+// believe takes h, one of copies, for what the store is.
+func (s *Store) believe(h *Header, copies []superCopy) {
+	s.shape, s.header = *h, *h
+	for _, c := range copies {
+		if c.header == h {
+			s.believed = c.at
+		}
+	}
+}
+
+// distrust reads the superblock from the disk again, if a sync of the process
+// before may have failed: then what is in the page cache is not what is on the
+// disk (R26).
+func (s *Store) distrust() error {
+	if s.header.Clean && !s.live.wasBroken(s.header.UUID) {
+		return nil
+	}
+	if d, ok := s.file.(interface{ DropCache() error }); ok {
 		d.DropCache()
 	}
+	h, copies, err := readSuper(s.file)
+	if err != nil {
+		return err
+	}
+	if h.UUID != s.shape.UUID || h.Geometry != s.shape.Geometry || h.logLen != s.shape.logLen {
+		return fmt.Errorf("%w: the superblocks are of two stores", ErrCorrupt)
+	}
+	s.believe(h, copies)
+	return nil
 }
 
 // loader is the state of one load.

@@ -64,6 +64,9 @@ func (s *Store) begin() error {
 	if s.started.Load() {
 		return nil
 	}
+	if err := s.Broken(); err != nil {
+		return err // a recovery that failed is not taken up half way
+	}
 	if s.opts.ReadOnly || s.shape.State == Frozen {
 		return ErrReadOnly
 	}

@@ -400,7 +400,7 @@ func (s *Store) fail(what string, err error) error {
 	err = fmt.Errorf("%s: %w: %w", what, err, ErrBroken)
 	b := &breakage{err: err, lost: s.commits.unsyncedBlocks(s)}
 	if s.broken.CompareAndSwap(nil, b) {
-		s.live.setBroken()
+		s.live.setBroken(s.shape.UUID)
 		s.logf("%v; nothing more is written, restart after the disk is mended", err)
 	}
 	return err
