@@ -320,13 +320,16 @@ func (w *world) cut(d Death, real bool) *after {
 	} else {
 		a.file = w.file.Fork(copyMemory)
 	}
+	if w.store.Broken() != nil { // and said so: it is not taken over
+		a.rule = Power
+	}
 	if w.broken { // what is in the page cache is not what is on the disk
 		a.rule = Power
 		if w.rng.IntN(2) == 0 {
-			a.file.Evict()
+			a.file.DropCache()
 		}
 	}
-	if w.rng.IntN(4) == 0 { // the memory is lost, or could not be had
+	if !w.broken && w.rng.IntN(4) == 0 { // the memory is lost, or could not be had
 		a.mem, a.rule = NewMemory(), Power
 	}
 	return a
@@ -375,20 +378,26 @@ func (w *world) end() error {
 	return w.find(w.dead)
 }
 
-// find looks at what a death left and tells the oracle what it is.
+// find looks at what a death left, twice, since a process may die again before
+// it has changed anything (6), and tells the oracle what it is.
 func (w *world) find(a *after) error {
-	if err := w.look(a, false); err != nil {
-		return fmt.Errorf("%v: %w", a.cut, err)
-	}
 	o, err := w.take(a.file, a.mem, false)
 	if err == nil {
-		err = w.oracle.Check(o.p, a.rule)
 		o.store.Abandon()
+		err = w.oracle.Check(o.p, a.rule)
+	}
+	if err != nil {
+		return fmt.Errorf("%v: %w", a.cut, err)
+	}
+	again, err := w.take(o.file.Kill(nil), a.mem, false)
+	if err == nil {
+		again.store.Abandon()
+		err = NewOracle(o.p).Check(again.p, Power)
 	}
 	if err != nil {
 		return fmt.Errorf("%v, opened a second time: %w", a.cut, err)
 	}
 	w.oracle.Found(o.p, a.cut)
-	w.file, w.mem = a.file.Kill(nil), a.mem
+	w.file, w.mem = again.file.Kill(nil), a.mem
 	return nil
 }

@@ -91,12 +91,13 @@ func (f *File) copy(also func()) *File {
 	}
 }
 
-// Evict forgets the cached pages that count as clean: what a failed Sync did
-// not bring to the disk reads as it was before.
-func (f *File) Evict() {
+// DropCache forgets the cached pages that count as clean: what a failed Sync
+// did not bring to the disk reads as it was before.
+func (f *File) DropCache() error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	f.revive()
+	return nil
 }
 
 // Pending returns the number of changes that no sync has covered.

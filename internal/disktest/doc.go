@@ -24,7 +24,7 @@
 // Inject decides for each operation whether it fails and how much of it is
 // done before. After a failed Sync what it covered is on the disk or never
 // will be, as kernels do it: the pages count as clean, still read as new, and
-// no later Sync writes them. Evict then forgets them. SetSpace makes a disk
+// no later Sync writes them. DropCache then forgets them. SetSpace makes a disk
 // that is full.
 //
 // # Watching
