@@ -1,0 +1,18 @@
+package nbdserver_test
+
+import (
+	"os"
+	"testing"
+
+	"go.uber.org/goleak"
+)
+
+// The tests' binary is also the server that hostile clients attack, and no
+// test may leave a goroutine behind.
+func TestMain(m *testing.M) {
+	if os.Getenv(victimEnv) != "" {
+		victim()
+		return
+	}
+	goleak.VerifyTestMain(m)
+}
