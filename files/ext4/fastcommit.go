@@ -32,6 +32,7 @@ type fastCommit struct {
 	inodes map[uint32]*fcFile
 	dirs   map[uint32]dirIndex // all entries of the directories that changed
 	blocks []run               // that files were given, by phys
+	work   int                 // names and runs passed by the replay, at most maxFastWork
 }
 
 // An fcFile is an inode that fast commits changed.
@@ -59,6 +60,9 @@ func (f *FS) replayFastCommits(j *journal, sequence uint32) error {
 	for _, op := range ops {
 		if err := f.replayOp(op); err != nil {
 			return err
+		}
+		if f.fc.work > maxFastWork {
+			return fmt.Errorf("more work than expected: %w", ErrUnsupported)
 		}
 	}
 	f.recovered.FastCommits = len(ops)
@@ -223,6 +227,7 @@ func (f *FS) replayRange(ino uint32, r run) error {
 		file.mapped, file.runs = true, runs
 	}
 	file.runs = replaceRun(file.runs, r)
+	f.fc.work += len(file.runs)
 	return nil
 }
 
@@ -271,6 +276,7 @@ func (f *FS) names(ino uint32) (dirIndex, error) {
 		return nil, err
 	}
 	f.fc.dirs[ino] = names
+	f.fc.work += len(names)
 	return names, nil
 }
 

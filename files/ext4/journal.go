@@ -150,6 +150,8 @@ func (j *journal) parseSuper(raw []byte, blocks uint64) error {
 	switch bs := be.Uint32(raw[0x0C:]); {
 	case int(bs) != j.fs.sb.blockSize:
 		return corrupt("blocks of %d bytes, expected %d", bs, j.fs.sb.blockSize)
+	case maxLen > maxJournal || (j.fastEnd-j.fastFirst)*uint64(bs) > maxFastCommits:
+		return fmt.Errorf("%d blocks, %d of them for fast commits, more than expected: %w", maxLen, fastBlocks, ErrUnsupported)
 	case maxLen > blocks || j.first == 0 || j.first >= j.end || j.start != 0 && (j.start < j.first || j.start >= j.end):
 		return corrupt("log from block %d to %d begins at %d, expected inside of the journal's %d", j.first, j.end, j.start, blocks)
 	}
@@ -210,8 +212,7 @@ func (s *logScan) run() error {
 		case blockDescriptor:
 			more, err = s.descriptor(p)
 		case blockRevoke:
-			more = true
-			s.revoke(p)
+			more, err = true, s.revoke(p)
 		case blockCommit:
 			more, err = s.commit(p)
 		}
@@ -320,10 +321,10 @@ func (s *logScan) sumBlock(p []byte) {
 
 // revoke takes a revoke block: what the blocks in it had in the log up to this
 // transaction must not be replayed.
-func (s *logScan) revoke(p []byte) {
+func (s *logScan) revoke(p []byte) error {
 	if err := s.j.verifyTail(p); err != nil {
 		s.damage = fmt.Errorf("transaction %d: revoke block: %w", s.sequence, err)
-		return
+		return nil
 	}
 	size := 4
 	if s.j.incompat&journalIncompat64bit != 0 {
@@ -337,6 +338,10 @@ func (s *logScan) revoke(p []byte) {
 		}
 		s.pendingGone = append(s.pendingGone, b)
 	}
+	if len(s.revoked)+len(s.pendingGone) > maxRevoked {
+		return fmt.Errorf("more than %d revoked blocks: %w", maxRevoked, ErrUnsupported)
+	}
+	return nil
 }
 
 // commit takes a commit block. The log ends before a transaction whose commit

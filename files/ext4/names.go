@@ -38,6 +38,7 @@ type nameSearch struct {
 	found   map[uint32][]Name
 	parents []uint32 // of wanted directories
 	seen    map[uint32]bool
+	passed  int64 // bytes of directories read, at most the file system's size
 }
 
 // want adds an inode to what is looked for.
@@ -84,6 +85,9 @@ func (s *nameSearch) readInode(dir *Inode) error {
 		return nil
 	}
 	s.seen[dir.Ino] = true
+	if s.passed += dir.Size; s.passed > int64(s.fs.sb.blocks)*int64(s.fs.sb.blockSize) {
+		return corrupt("directories take more space than there is")
+	}
 	return s.fs.ReadDir(dir, func(e Dirent) error {
 		left, ok := s.left[e.Ino]
 		if !ok {
@@ -179,18 +183,18 @@ func (f *FS) DirPath(ino uint32) (string, error) {
 	if len(f.paths) > maxPaths {
 		f.paths = map[uint32]string{RootIno: ""}
 	}
-	return f.dirPath(ino, 0)
+	return f.dirPath(ino, map[uint32]bool{})
 }
 
-// dirPath is DirPath for a directory depth levels above the one asked for;
-// pathMu is held.
-func (f *FS) dirPath(ino uint32, depth int) (string, error) {
+// dirPath is DirPath for a directory above those in below; pathMu is held.
+func (f *FS) dirPath(ino uint32, below map[uint32]bool) (string, error) {
 	if path, ok := f.paths[ino]; ok {
 		return path, nil
 	}
-	if depth > maxDepth {
-		return "", fmt.Errorf("directory %d: %w", ino, corrupt("more than %d directories deep", maxDepth))
+	if below[ino] || len(below) > maxDepth {
+		return "", fmt.Errorf("directory %d: %w", ino, corrupt("it lies in itself or more than %d directories deep", maxDepth))
 	}
+	below[ino] = true
 	dir, err := f.Inode(ino)
 	if err != nil {
 		return "", err
@@ -199,7 +203,7 @@ func (f *FS) dirPath(ino uint32, depth int) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	above, err := f.dirPath(parent, depth+1)
+	above, err := f.dirPath(parent, below)
 	if err != nil {
 		return "", err
 	}

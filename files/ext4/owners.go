@@ -70,13 +70,14 @@ func (f *FS) Owners(ranges []Range, hints []uint32) ([]Owner, error) {
 	return c.owners(ranges), nil
 }
 
-// normalize sorts ranges, joins those that touch and drops empty ones.
+// normalize sorts ranges, joins those that touch and drops empty and negative
+// ones.
 func normalize(ranges []Range) []Range {
 	ranges = slices.Clone(ranges)
 	slices.SortFunc(ranges, func(a, b Range) int { return cmp.Compare(a.Off, b.Off) })
 	var out []Range
 	for _, r := range ranges {
-		if r.N <= 0 {
+		if r.N <= 0 || r.Off < 0 {
 			continue
 		}
 		if n := len(out); n > 0 && r.Off <= out[n-1].Off+out[n-1].N {
@@ -104,6 +105,7 @@ type claims struct {
 	taken  []uint64 // bitmap: by the order of the blocks in wanted
 	left   uint64   // blocks not taken
 	found  []claim
+	passed uint64 // blocks of maps and runs of the inodes asked
 }
 
 // A blockRange is blocks of the file system; index counts those of the ranges
@@ -125,6 +127,9 @@ func (f *FS) newClaims(ranges []Range) (*claims, error) {
 		c.wanted = append(c.wanted, blockRange{first, end - first, c.left})
 		c.left += end - first
 		next = end
+	}
+	if c.left > maxWanted {
+		return nil, fmt.Errorf("owners of %d blocks at once, ask for at most %d: %w", c.left, maxWanted, ErrUnsupported)
 	}
 	c.taken = make([]uint64, (c.left+63)/64)
 	if err := c.takeLayout(); err != nil {
@@ -328,9 +333,15 @@ func (c *claims) groups() []uint64 {
 func (c *claims) inode(n *Inode) (took bool, err error) {
 	data, node := c.fs.kinds(n)
 	err = n.walkMap(func(r run) error {
+		if err := c.pass(); err != nil {
+			return err
+		}
 		took = c.take(c.fs.sb.wholeClusters(claim{first: r.phys, n: r.n, kind: data, ino: n.Ino, logical: r.logical})) || took
 		return nil
 	}, func(b uint64) error {
+		if err := c.pass(); err != nil {
+			return err
+		}
 		took = c.take(c.fs.sb.wholeClusters(claim{first: b, n: 1, kind: node, ino: n.Ino})) || took
 		return nil
 	})
@@ -342,6 +353,16 @@ func (c *claims) inode(n *Inode) (took bool, err error) {
 		took = true
 	}
 	return took, nil
+}
+
+// pass counts a run or a block of a map. A sound file system has no more of
+// them than twice its blocks; a forged one, where inodes share their maps,
+// could keep the search busy for very long.
+func (c *claims) pass() error {
+	if c.passed++; c.passed > 2*c.fs.sb.blocks && c.fs.sb.roCompat&roCompatSharedBlocks == 0 {
+		return corrupt("files have more extents than there are blocks")
+	}
+	return nil
 }
 
 // kinds returns what the blocks of an inode, and those of its map, are.

@@ -59,6 +59,9 @@ func (s *source) block(b uint64) ([]byte, error) {
 // raw returns the content of block b without regard to the journal, to be
 // read only.
 func (s *source) raw(b uint64) ([]byte, error) {
+	if b >= uint64(s.r.Size())/uint64(s.blockSize) {
+		return nil, corrupt("block %d is after the image's end", b)
+	}
 	size := int64(max(pageSize, s.blockSize))
 	off := int64(b) * int64(s.blockSize)
 	page := off / size
@@ -70,11 +73,7 @@ func (s *source) raw(b uint64) ([]byte, error) {
 		}
 		s.cache.Add(page, p)
 	}
-	in := off - page*size
-	if in+int64(s.blockSize) > int64(len(p)) {
-		return nil, corrupt("block %d ends after the image", b)
-	}
-	return p[in : in+int64(s.blockSize)], nil
+	return p[off-page*size:][:s.blockSize], nil
 }
 
 // read fills p from byte off on, which with p's end lies in the file system.
