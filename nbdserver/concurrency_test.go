@@ -178,7 +178,7 @@ func TestShutdown(t *testing.T) {
 	}
 }
 
-func pipe(t *testing.T) net.Conn {
+func pipe(t testing.TB) net.Conn {
 	a, b := net.Pipe()
 	t.Cleanup(func() { a.Close(); b.Close() })
 	return a
@@ -378,15 +378,7 @@ func TestServeConnPipe(t *testing.T) {
 
 // A socket that the kernel's client was given begins in the transmission phase.
 func TestServeTransmission(t *testing.T) {
-	fds, err := unix.Socketpair(unix.AF_UNIX, unix.SOCK_STREAM|unix.SOCK_CLOEXEC, 0)
-	check(t, err)
-	var ends [2]net.Conn
-	for i, fd := range fds {
-		f := os.NewFile(uintptr(fd), "socket")
-		ends[i], err = net.FileConn(f)
-		check(t, err)
-		f.Close()
-	}
+	client, server := socketpair(t)
 	r := serveDevice(t, newMemDevice(testSize))
 	dev := newMemDevice(testSize)
 	e := &nbdserver.Export{Name: "elsewhere", Device: dev}
@@ -395,8 +387,8 @@ func TestServeTransmission(t *testing.T) {
 	}
 	model := bytes.Clone(dev.data)
 	ended := make(chan error, 1)
-	go func() { ended <- r.srv.ServeTransmission(ends[0], e) }()
-	c := nbdclient.Raw(ends[1])
+	go func() { ended <- r.srv.ServeTransmission(server, e) }()
+	c := nbdclient.Raw(client)
 	compareWithModel(t, c, model)
 	c.Close()
 	if err := <-ended; err != io.EOF {
