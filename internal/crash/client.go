@@ -94,7 +94,7 @@ func (c *client) change(what string, do func(p []byte, off int64) error) {
 			return
 		}
 	}
-	w.note("%d: %s %d+%d %s", c.id, what, off, len(p), Describe(p))
+	w.note("%d: %s %d+%d %s", c.id, what, off, len(p), Describe(p[:min(len(p), sectorSize)]))
 	err := do(p, off)
 	ch.Done(err)
 	w.note("%d: %s %d+%d -> %v", c.id, what, off, len(p), err)

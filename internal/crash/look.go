@@ -57,10 +57,27 @@ func (w *world) look(a *after, through bool) error {
 	if err := w.oracle.Check(o.p, a.rule); err != nil {
 		return err
 	}
-	if !through {
-		return nil
+	if through {
+		return w.recovery(o)
 	}
-	return w.recovery(o)
+	if w.rng.IntN(4) == 0 {
+		return clean(a.file.Fork(nil))
+	}
+	return nil
+}
+
+// clean returns an error if Check finds harm in the store in f.
+func clean(f *disktest.File) error {
+	r, err := exception.Check(f)
+	if err != nil {
+		return fmt.Errorf("check: %w", err)
+	}
+	for _, p := range r.Problems {
+		if p.Harm {
+			return fmt.Errorf("check: %s", p.What)
+		}
+	}
+	return nil
 }
 
 // recovery lets the store end its recovery, and dies in the middle of it.
