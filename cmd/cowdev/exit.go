@@ -6,8 +6,11 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os/signal"
 	"strings"
 	"syscall"
+
+	"github.com/urfave/cli/v2"
 
 	"github.com/cowdev/cowdev/exception"
 	"github.com/cowdev/cowdev/files"
@@ -92,4 +95,9 @@ func report(w io.Writer, err error) {
 		return
 	}
 	fmt.Fprintf(w, "cowdev: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
+}
+
+// untilSignal returns the context of a verb that can be interrupted.
+func untilSignal(c *cli.Context) (context.Context, context.CancelFunc) {
+	return signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 }

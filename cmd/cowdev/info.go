@@ -78,16 +78,21 @@ type baseInfo struct {
 // counts as damaged.
 const looks = 5
 
-// lookAt reads the last committed state of the store at path, without a lock.
-func lookAt(path string) (*storeInfo, error) {
+// openLooking opens the store at path to look at its last committed state,
+// without a lock. The file stays the store's.
+func openLooking(path string) (*exception.Store, *disk.OS, error) {
 	for try := 1; ; try++ {
-		info, err := lookOnce(path)
+		f, err := disk.OpenOS(path, os.O_RDONLY)
+		if err != nil {
+			return nil, nil, err
+		}
+		s, err := exception.Open(f, exception.Options{ReadOnly: true})
 		if err == nil {
-			return info, nil
+			return s, f, nil
 		}
 		// A server may have been in the middle of a checkpoint.
 		if try == looks || !errors.Is(err, exception.ErrCorrupt) || len(holdersOf(path)) == 0 {
-			return nil, err
+			return nil, nil, fmt.Errorf("%s: %w", path, err)
 		}
 		time.Sleep(100 * time.Millisecond)
 	}
@@ -103,31 +108,23 @@ func holdersOf(path string) []int {
 	return f.Holders()
 }
 
-func lookOnce(path string) (*storeInfo, error) {
-	f, err := disk.OpenOS(path, os.O_RDONLY)
+// lookAt reads what info shows.
+func lookAt(path string) (*storeInfo, error) {
+	s, f, err := openLooking(path)
 	if err != nil {
 		return nil, err
 	}
+	defer s.Close()
 	info := &storeInfo{File: absolute(path), Format: "cowdev", Version: exception.Version, ServedBy: append([]int{}, f.Holders()...)}
 	if info.FileSize, err = f.Size(); err != nil {
-		f.Close()
 		return nil, err
 	}
 	if st, err := f.File().Stat(); err == nil {
 		info.DiskSize = st.Sys().(*syscall.Stat_t).Blocks * 512
 	}
-	s, err := exception.Open(f, exception.Options{ReadOnly: true})
-	if err != nil {
-		return nil, fmt.Errorf("%s: %w", path, err)
-	}
-	defer s.Close()
 	info.header(s.Header())
 	u := usageOf(s)
 	info.Chunks, info.Stored, info.Zero = u.chunks, u.stored, u.zero
-	info.Broken = exception.Shared{}.Broken(s.Header().UUID)
-	if r, err := roomFor(path, info.DeviceSize, u); err == nil {
-		info.Room = &r
-	}
 	return info, nil
 }
 

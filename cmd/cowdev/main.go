@@ -20,6 +20,8 @@ func verbs() []*cli.Command {
 		infoCommand(),
 		checkCommand(),
 		mergeCommand(),
+		mapCommand(),
+		diffCommand(),
 		lsCommand(),
 		catCommand(),
 		cpCommand(),

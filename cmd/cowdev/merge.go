@@ -5,9 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"os/signal"
 	"path/filepath"
-	"syscall"
 
 	"github.com/urfave/cli/v2"
 
@@ -57,7 +55,7 @@ type mergeResult struct {
 }
 
 func mergeView(c *cli.Context, basePath, cowPath string, o viewOptions) (err error) {
-	ctx, stop := signal.NotifyContext(c.Context, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
+	ctx, stop := untilSignal(c)
 	defer stop()
 	output, dry := c.String("output"), c.Bool("dry-run")
 	o.existing = true

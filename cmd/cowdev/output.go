@@ -19,6 +19,40 @@ func printJSON(w io.Writer, v any) error {
 	return enc.Encode(v)
 }
 
+// A list prints an array as JSON, an element a line, as it is made; or nothing
+// where JSON is not wanted.
+type list struct {
+	w    io.Writer
+	on   bool
+	next string // what goes before the next element
+}
+
+func newList(w io.Writer, on bool) *list { return &list{w, on, "["} }
+
+func (l *list) add(v any) error {
+	if !l.on {
+		return nil
+	}
+	line, err := json.Marshal(v)
+	if err == nil {
+		_, err = fmt.Fprintf(l.w, "%s\n  %s", l.next, line)
+	}
+	l.next = ","
+	return err
+}
+
+func (l *list) end() error {
+	if !l.on {
+		return nil
+	}
+	closing := "\n]\n"
+	if l.next == "[" {
+		closing = "[]\n"
+	}
+	_, err := io.WriteString(l.w, closing)
+	return err
+}
+
 // A table prints lines of "name: value" with the values in one column.
 type table struct{ w *tabwriter.Writer }
 
