@@ -173,7 +173,11 @@ func compareWithModel(t *testing.T, c *nbdclient.Client, model []byte) {
 	t.Logf("seed %d", seed)
 	rnd := rand.New(rand.NewPCG(seed, 0))
 	size := int64(len(model))
-	for range 300 {
+	steps := 300
+	if testing.Short() {
+		steps = 60
+	}
+	for range steps {
 		n := rnd.Int64N(1 << rnd.IntN(22))
 		off := rnd.Int64N(size)
 		n = min(n, size-off)

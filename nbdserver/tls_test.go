@@ -2,14 +2,7 @@ package nbdserver_test
 
 import (
 	"bytes"
-	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/tls"
-	"crypto/x509"
-	"crypto/x509/pkix"
-	"encoding/pem"
-	"math/big"
 	"net"
 	"os"
 	"path/filepath"
@@ -22,69 +15,23 @@ import (
 	"github.com/cowdev/cowdev/nbdserver"
 )
 
-// An authority signs certificates for one test.
-type authority struct {
-	t    *testing.T
-	cert *x509.Certificate
-	key  *ecdsa.PrivateKey
-	pem  []byte
-}
-
-func newAuthority(t *testing.T) *authority {
-	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+func newAuthority(t *testing.T) *nbdclient.Authority {
+	a, err := nbdclient.NewAuthority()
 	check(t, err)
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "test authority"},
-		NotBefore: time.Now().Add(-48 * time.Hour), NotAfter: time.Now().Add(48 * time.Hour),
-		IsCA: true, BasicConstraintsValid: true, KeyUsage: x509.KeyUsageCertSign,
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, template, key.Public(), key)
+	return a
+}
+
+// clientTLS returns what a client whose certificate ends at a time needs.
+func clientTLS(t *testing.T, a *nbdclient.Authority, until time.Time) *tls.Config {
+	conf, err := a.Client("server", until)
 	check(t, err)
-	cert, err := x509.ParseCertificate(der)
-	check(t, err)
-	return &authority{t, cert, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}
-}
-
-// issue returns the PEM of a certificate that ends at a time, and of its key.
-func (a *authority) issue(name string, until time.Time) (cert, key []byte) {
-	priv, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	check(a.t, err)
-	template := &x509.Certificate{
-		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name}, DNSNames: []string{name},
-		NotBefore: time.Now().Add(-24 * time.Hour), NotAfter: until,
-		KeyUsage:    x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
-	}
-	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, priv.Public(), a.key)
-	check(a.t, err)
-	der2, err := x509.MarshalPKCS8PrivateKey(priv)
-	check(a.t, err)
-	return pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der}),
-		pem.EncodeToMemory(&pem.Block{Type: "PRIVATE KEY", Bytes: der2})
-}
-
-// write puts the server's files into dir.
-func (a *authority) write(dir string) {
-	cert, key := a.issue("server", time.Now().Add(time.Hour))
-	for name, data := range map[string][]byte{"ca-cert.pem": a.pem, "server-cert.pem": cert, "server-key.pem": key} {
-		check(a.t, os.WriteFile(filepath.Join(dir, name), data, 0o600))
-	}
-}
-
-// client returns a client's TLS configuration.
-func (a *authority) client(until time.Time) *tls.Config {
-	certPEM, keyPEM := a.issue("client", until)
-	cert, err := tls.X509KeyPair(certPEM, keyPEM)
-	check(a.t, err)
-	roots := x509.NewCertPool()
-	roots.AddCert(a.cert)
-	return &tls.Config{ServerName: "server", RootCAs: roots, Certificates: []tls.Certificate{cert}}
+	return conf
 }
 
 // serveTLS serves dev in a mode and returns what has signed the certificates.
-func serveTLS(t *testing.T, mode nbdserver.TLSMode, dev block.Device) (*rig, *authority, *nbdserver.Certificates, string) {
+func serveTLS(t *testing.T, mode nbdserver.TLSMode, dev block.Device) (*rig, *nbdclient.Authority, *nbdserver.Certificates, string) {
 	a, dir := newAuthority(t), t.TempDir()
-	a.write(dir)
+	check(t, a.WriteServer(dir, "server"))
 	in := func(name string) string { return filepath.Join(dir, name) }
 	certs, err := nbdserver.LoadCertificates(in("server-cert.pem"), in("server-key.pem"), in("ca-cert.pem"))
 	check(t, err)
@@ -102,7 +49,7 @@ func TestTLSAgainstModel(t *testing.T) {
 			model := bytes.Clone(dev.data)
 			r, a, _, _ := serveTLS(t, nbdserver.TLSRequire, prepare(dev))
 			c := r.greet()
-			check(t, c.StartTLS(a.client(time.Now().Add(time.Hour))))
+			check(t, c.StartTLS(clientTLS(t, a, time.Now().Add(time.Hour))))
 			check(t, c.StructuredReplies())
 			check(t, c.Go(""))
 			compareWithModel(t, c, model)
@@ -123,7 +70,7 @@ func TestTLSRequired(t *testing.T) {
 		expectFinal(t, c, nbd.RepErrTLSReqd, code, nbdclient.InfoQuery(""))
 		expectFinal(t, c, nbd.RepErrTLSReqd, code, nbdclient.InfoQuery("nothere"))
 	}
-	check(t, c.StartTLS(a.client(time.Now().Add(time.Hour))))
+	check(t, c.StartTLS(clientTLS(t, a, time.Now().Add(time.Hour))))
 	expectFinal(t, c, nbd.RepErrInvalid, nbd.OptStartTLS)
 	stillTalks(t, c)
 
@@ -160,7 +107,7 @@ func TestTLSForgets(t *testing.T) {
 	c := r.greet()
 	check(t, c.StructuredReplies())
 	check(t, c.SetMetaContexts("", "base:allocation"))
-	check(t, c.StartTLS(a.client(time.Now().Add(time.Hour))))
+	check(t, c.StartTLS(clientTLS(t, a, time.Now().Add(time.Hour))))
 	check(t, c.Go(""))
 	if c.Flags&nbd.FlagSendDF != 0 {
 		t.Errorf("flags %#x: structured replies outlived STARTTLS", c.Flags)
@@ -188,15 +135,15 @@ func TestTLSInjection(t *testing.T) {
 
 func TestTLSClientCertificates(t *testing.T) {
 	r, a, _, _ := serveTLS(t, nbdserver.TLSRequire, newMemDevice(testSize))
-	missing := a.client(time.Now().Add(time.Hour))
+	missing := clientTLS(t, a, time.Now().Add(time.Hour))
 	missing.Certificates = nil
-	foreign := newAuthority(t).client(time.Now().Add(time.Hour))
+	foreign := clientTLS(t, newAuthority(t), time.Now().Add(time.Hour))
 	foreign.RootCAs = missing.RootCAs
-	old := a.client(time.Now().Add(time.Hour))
+	old := clientTLS(t, a, time.Now().Add(time.Hour))
 	old.MaxVersion = tls.VersionTLS11
 	for name, conf := range map[string]*tls.Config{
 		"missing": missing,
-		"expired": a.client(time.Now().Add(-time.Hour)),
+		"expired": clientTLS(t, a, time.Now().Add(-time.Hour)),
 		"foreign": foreign,
 		"TLS 1.1": old,
 	} {
@@ -211,7 +158,7 @@ func TestTLSClientCertificates(t *testing.T) {
 			}
 		})
 	}
-	conf := a.client(time.Now().Add(time.Hour))
+	conf := clientTLS(t, a, time.Now().Add(time.Hour))
 	conf.MaxVersion = tls.VersionTLS12
 	c := r.greet()
 	check(t, c.StartTLS(conf))
@@ -223,16 +170,16 @@ func TestCertificatesReload(t *testing.T) {
 	r, old, certs, dir := serveTLS(t, nbdserver.TLSRequire, newMemDevice(testSize))
 	until := time.Now().Add(time.Hour)
 	open := r.greet()
-	check(t, open.StartTLS(old.client(until)))
+	check(t, open.StartTLS(clientTLS(t, old, until)))
 
 	fresh := newAuthority(t)
-	fresh.write(dir)
+	check(t, fresh.WriteServer(dir, "server"))
 	check(t, certs.Reload())
 	c := r.greet()
-	check(t, c.StartTLS(fresh.client(until)))
+	check(t, c.StartTLS(clientTLS(t, fresh, until)))
 	stillTalks(t, c)
 	stillTalks(t, open)
-	if err := r.greet().StartTLS(old.client(until)); err == nil {
+	if err := r.greet().StartTLS(clientTLS(t, old, until)); err == nil {
 		t.Error("the new certificate satisfies who trusts the old authority")
 	}
 
@@ -243,6 +190,6 @@ func TestCertificatesReload(t *testing.T) {
 		}
 	}
 	c = r.greet()
-	check(t, c.StartTLS(fresh.client(until)))
+	check(t, c.StartTLS(clientTLS(t, fresh, until)))
 	stillTalks(t, c)
 }
