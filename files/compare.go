@@ -322,17 +322,19 @@ func (c *comparer) withRenames() ([]*Change, error) {
 			continue
 		}
 		if was := gone[identityOf(ch.New)]; ch.Status == Added && len(was) > 0 {
-			gone[identityOf(ch.New)] = was[1:]
-			paired[was[0]] = true
-			renamed, err := c.rename(ch, was[0], moved)
+			v, err := c.judge(was[0].Old, ch.New)
 			if err != nil {
-				return nil, err
+				return nil, fmt.Errorf("compare %s with %s: %w", was[0].Path, ch.Path, err)
 			}
-			if ch = renamed; ch == nil {
-				continue
+			if v.renamed(ch.New) {
+				gone[identityOf(ch.New)] = was[1:]
+				paired[was[0]] = true
+				ch = renamed(ch, was[0], v, moved)
 			}
 		}
-		out = append(out, ch)
+		if ch != nil {
+			out = append(out, ch)
+		}
 	}
 	for _, ch := range c.changes {
 		if ch.Status == Removed && !paired[ch] {
@@ -348,21 +350,25 @@ type identity struct {
 	id         uint64
 	generation uint32
 	typ        fs.FileMode
+	born       int64 // nanoseconds
 }
 
 func identityOf(f File) identity {
 	a := f.Attr()
-	return identity{a.ID, a.Generation, a.Mode.Type()}
+	return identity{a.ID, a.Generation, a.Mode.Type(), a.Born.UnixNano()}
 }
 
-// rename makes one change of an added path and the removed one of the same
+// renamed reports whether a file of one identity in both trees is the same
+// one. Tools that write file systems give all files the generation 0; then a
+// new file may have taken a removed one's number, and the content decides.
+func (v verdict) renamed(f File) bool {
+	return f.Attr().Generation != 0 || v.differ&contents == 0
+}
+
+// renamed makes one change of an added path and the removed one of the same
 // file, nil where there is nothing to say. It is called in the order of the
 // new paths, so a directory is in moved before what it holds.
-func (c *comparer) rename(added, removed *Change, moved map[string]string) (*Change, error) {
-	v, err := c.judge(removed.Old, added.New)
-	if err != nil {
-		return nil, fmt.Errorf("compare %s with %s: %w", removed.Path, added.Path, err)
-	}
+func renamed(added, removed *Change, v verdict, moved map[string]string) *Change {
 	if added.New.Attr().Mode.IsDir() {
 		moved[added.Path] = removed.Path
 	}
@@ -376,9 +382,9 @@ func (c *comparer) rename(added, removed *Change, moved map[string]string) (*Cha
 	case v.differ != 0:
 		ch.Status = Attributes
 	default:
-		return nil, nil
+		return nil
 	}
-	return ch, nil
+	return ch
 }
 
 // differingBytes counts the bytes in which a and b differ within spans.
