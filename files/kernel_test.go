@@ -63,15 +63,31 @@ func needMount(t testing.TB) {
 func mount(t testing.TB, image, options string) (dir string, unmount func()) {
 	t.Helper()
 	dir = t.TempDir()
-	run(t, "mount", "-o", "loop,"+options, image, dir)
+	if err := patiently("mount", "-o", "loop,"+options, image, dir); err != nil {
+		t.Fatal(err)
+	}
 	unmount = sync.OnceFunc(func() {
-		if out, err := command("umount", dir); err != nil {
-			t.Errorf("umount %s: %v: %s", dir, err, out)
+		if err := patiently("umount", dir); err != nil {
+			t.Error(err)
 			_, _ = command("umount", "-l", dir)
 		}
 	})
 	t.Cleanup(unmount)
 	return dir, unmount
+}
+
+// patiently runs a tool again for a while when it fails: other tests may have
+// all loop devices, or some process may look at a mount.
+func patiently(name string, args ...string) error {
+	for end := time.Now().Add(toolTimeout); ; time.Sleep(200 * time.Millisecond) {
+		out, err := command(name, args...)
+		if err == nil || time.Now().After(end) || !strings.Contains(out, "loop") && !strings.Contains(out, "busy") {
+			if err != nil {
+				err = fmt.Errorf("%s %s: %w: %s", name, strings.Join(args, " "), err, out)
+			}
+			return err
+		}
+	}
 }
 
 // makePair makes a pair with mke2fs's options. With unclean the new image is

@@ -3,6 +3,7 @@ package files
 import (
 	"bytes"
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"io/fs"
@@ -24,6 +25,9 @@ const toolTimeout = 60 * time.Second
 func run(t testing.TB, name string, args ...string) string {
 	t.Helper()
 	out, err := command(name, args...)
+	if errors.Is(err, exec.ErrNotFound) && os.Geteuid() != 0 {
+		t.Skipf("%s is not installed", name)
+	}
 	if err != nil {
 		t.Fatalf("%s %s: %v\n%s", name, strings.Join(args, " "), err, out)
 	}
@@ -34,7 +38,9 @@ func run(t testing.TB, name string, args ...string) string {
 func command(name string, args ...string) (output string, err error) {
 	path, err := exec.LookPath(name)
 	if err != nil {
-		path = filepath.Join("/usr/sbin", name)
+		if path, err = exec.LookPath(filepath.Join("/usr/sbin", name)); err != nil {
+			return "", fmt.Errorf("%s: %w", name, exec.ErrNotFound)
+		}
 	}
 	ctx, cancel := context.WithTimeout(context.Background(), toolTimeout)
 	defer cancel()
