@@ -14,6 +14,7 @@ import (
 type client struct {
 	w   *world
 	id  int
+	dev block.Device
 	rng *rand.Rand
 }
 
@@ -37,14 +38,18 @@ func (c *client) one() {
 	switch k := c.rng.IntN(100); {
 	case k < 40:
 		c.change("write", c.write)
-	case k < 52:
+	case k < 50:
 		c.change("trim", c.trim)
-	case k < 62:
+	case k < 56: // a slot is given up
+		cs := int64(c.w.geo.ChunkSize)
+		off := c.rng.Int64N(c.w.geo.Chunks()) * cs
+		c.changeAt("trim", c.trim, off, min(cs, c.w.geo.Size-off))
+	case k < 64:
 		c.change("zero", c.zero)
-	case k < 67: // with FUA: the server's write and flush
+	case k < 69: // with FUA: the server's write and flush
 		c.change("write", c.write)
 		c.flush()
-	case k < 80:
+	case k < 81:
 		c.flush()
 	default:
 		c.read()
@@ -74,10 +79,15 @@ func (c *client) place() (off, n int64) {
 	return off, min(n, size-off)
 }
 
-// change does one change of the device with what the oracle must know of it.
+// change does one change of the device somewhere.
 func (c *client) change(what string, do func(p []byte, off int64) error) {
-	w := c.w
 	off, n := c.place()
+	c.changeAt(what, do, off, n)
+}
+
+// changeAt does one change with what the oracle must know of it.
+func (c *client) changeAt(what string, do func(p []byte, off int64) error, off, n int64) {
+	w := c.w
 	p := make([]byte, n)
 	if what == "write" && c.rng.IntN(16) > 0 {
 		Stamp(p, off, w.nextStamp())
@@ -109,15 +119,15 @@ func (c *client) change(what string, do func(p []byte, off int64) error) {
 }
 
 func (c *client) write(p []byte, off int64) error {
-	_, err := c.w.dev.WriteAt(p, off)
+	_, err := c.dev.WriteAt(p, off)
 	return err
 }
 
-func (c *client) trim(p []byte, off int64) error { return c.w.dev.Trim(off, int64(len(p))) }
+func (c *client) trim(p []byte, off int64) error { return c.dev.Trim(off, int64(len(p))) }
 
 func (c *client) zero(p []byte, off int64) error {
 	flags := []block.ZeroFlags{0, block.NoHole, block.FastZero}[c.rng.IntN(3)]
-	return c.w.dev.WriteZeroes(off, int64(len(p)), flags)
+	return c.dev.WriteZeroes(off, int64(len(p)), flags)
 }
 
 func (w *world) nextStamp() uint64 {
@@ -148,7 +158,7 @@ func (c *client) readAt(off, n int64) []byte {
 	w := c.w
 	p := make([]byte, n)
 	r := w.oracle.Reading()
-	_, err := w.dev.ReadAt(p, off)
+	_, err := c.dev.ReadAt(p, off)
 	if err != nil {
 		p = nil
 	}
@@ -166,7 +176,7 @@ func (c *client) flush() {
 	w := c.w
 	w.note("%d: flush", c.id)
 	f := w.oracle.Flush()
-	err := w.dev.Flush()
+	err := c.dev.Flush()
 	f.Done(err)
 	w.note("%d: flush -> %v", c.id, err)
 	w.oracle.While(func() {

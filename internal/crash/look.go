@@ -13,7 +13,7 @@ import (
 // opened is a store that was opened after a death, on a copy of its file.
 type opened struct {
 	file  *disktest.File
-	mem   *Memory
+	mem   exception.Memory
 	store *exception.Store
 	dev   *cow.Device
 	p     []byte // what the device read as
@@ -21,7 +21,7 @@ type opened struct {
 
 // take opens the store in a copy of f and reads all of its device. Nothing may
 // be written by that (6).
-func (w *world) take(f *disktest.File, m *Memory, readOnly bool) (*opened, error) {
+func (w *world) take(f *disktest.File, m exception.Memory, readOnly bool) (*opened, error) {
 	w.stats.States++
 	o := &opened{file: f.Fork(nil), mem: m, p: make([]byte, w.geo.Size)}
 	var wrote error
@@ -31,7 +31,7 @@ func (w *world) take(f *disktest.File, m *Memory, readOnly bool) (*opened, error
 		}
 	}
 	var err error
-	if o.store, o.dev, err = w.open(o.file, m, readOnly); err != nil {
+	if o.store, o.dev, err = open(w.base, o.file, m, readOnly); err != nil {
 		return nil, err
 	}
 	if _, err = o.dev.ReadAt(o.p, 0); err == nil {
@@ -95,9 +95,9 @@ func (w *world) recovery(o *opened) error {
 		var err error
 		w.stats.Recovery++
 		switch {
-		case w.rng.IntN(3) == 0:
-			var m *Memory
-			f := o.file.Fork(func() { m = o.mem.Copy() })
+		case w.rng.IntN(3) == 0 && canCopy(o.mem):
+			var m exception.Memory
+			f := o.file.Fork(func() { m = o.mem.(*Memory).Copy() })
 			err = w.compare(found, f, m, Process)
 		case onDisk:
 			err = w.compare(found, o.file.Crash(w.rng), NewMemory(), Power)
@@ -121,8 +121,14 @@ func (w *world) recovery(o *opened) error {
 	return nil
 }
 
+// canCopy reports whether m can be looked at while it is used.
+func canCopy(m exception.Memory) bool {
+	_, ok := m.(*Memory)
+	return ok
+}
+
 // compare opens the store in f and compares its device with an oracle.
-func (w *world) compare(with *Oracle, f *disktest.File, m *Memory, rule Death) error {
+func (w *world) compare(with *Oracle, f *disktest.File, m exception.Memory, rule Death) error {
 	o, err := w.take(f, m, false)
 	if err != nil {
 		return err

@@ -104,7 +104,7 @@ var mutants = []mutant{
 		name: "punch-what-is-committed", breaks: "5, R20: a hole is punched that the durable record still names",
 		file: "exception/write.go", mode: alone,
 		old: "wait := m & durable.Stored(); wait != 0 || durable.Slot() != e.Slot()",
-		new: "wait := m &^ m; wait != 0",
+		new: "wait := m & durable.Stored() & 0; wait != 0",
 	},
 	{
 		name: "punch-without-looking", breaks: "5, R20: a hole is punched that was written again",

@@ -3,13 +3,11 @@ package crash
 import (
 	"errors"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"runtime"
 	"sync"
 
 	"github.com/cowdev/cowdev/block"
-	"github.com/cowdev/cowdev/cow"
 	"github.com/cowdev/cowdev/exception"
 	"github.com/cowdev/cowdev/internal/disktest"
 )
@@ -17,11 +15,12 @@ import (
 // Config is the shape of a walk. Its zero fields are chosen by the seed.
 type Config struct {
 	Seed     uint64
-	Sessions int // how often the store is opened
-	Steps    int // at most, a client and a session
-	Clients  int // how many work at once
-	Probes   int // one file operation's phase in so many is crashed on a copy
-	Faults   bool
+	Sessions int  // how often the store is opened
+	Steps    int  // at most, a client and a session
+	Clients  int  // how many work at once
+	Probes   int  // one file operation's phase in so many is crashed on a copy
+	Faults   bool // let operations on the file fail
+	Host     Host // nil for a device in this process
 }
 
 // Stats counts what a walk has done.
@@ -65,10 +64,9 @@ type world struct {
 	oracle *Oracle
 
 	// Of the session.
-	file  *disktest.File
-	mem   *Memory
-	store *exception.Store
-	dev   *cow.Device
+	file    *disktest.File
+	mem     exception.Memory
+	session Session
 
 	// Guarded by the oracle (While): file operations of any goroutine come
 	// by here.
@@ -92,7 +90,7 @@ type world struct {
 // after is what a death leaves for the next process.
 type after struct {
 	file *disktest.File
-	mem  *Memory
+	mem  exception.Memory
 	cut  Death // what happened
 	rule Death // what must be found: after the death of a process whose memory is lost, no more than after a power cut
 }
@@ -104,7 +102,7 @@ func Walk(cfg Config) (Stats, error) {
 	w := newWorld(cfg)
 	err := w.create()
 	for n := 0; n < w.cfg.Sessions && err == nil; n++ {
-		err = w.session()
+		err = w.oneSession()
 	}
 	if err != nil {
 		err = fmt.Errorf("seed %d: %w\n%s", cfg.Seed, err, w.history())
@@ -129,6 +127,9 @@ func newWorld(cfg Config) *world {
 	w.base = make([]byte, w.geo.Size)
 	Stamp(w.base, 0, BaseStamp)
 	w.oracle = NewOracle(w.base)
+	if w.cfg.Host == nil {
+		w.cfg.Host = memoryHost{w.base}
+	}
 	return w
 }
 
@@ -162,8 +163,11 @@ func (w *world) history() string {
 // create makes the store, and looks at what deaths during that leave: no
 // store, or an empty one.
 func (w *world) create() error {
-	w.file, w.mem = disktest.New(w.cfg.Seed), NewMemory()
+	w.file, w.mem = disktest.New(w.cfg.Seed), w.cfg.Host.NewMemory()
 	params := exception.Params{Geometry: w.geo, LogSize: int64(8+w.rng.IntN(9)) * 4096, UUID: exception.UUID{1, byte(w.cfg.Seed)}}
+	if err := w.cfg.Host.Params(&params); err != nil {
+		return err
+	}
 	w.note("create, log of %d bytes", params.LogSize)
 	var bad error
 	w.file.OnStep = func(op disktest.Op, phase disktest.Phase) {
@@ -180,45 +184,35 @@ func (w *world) create() error {
 	return bad
 }
 
-// memoryBase is a base image in memory.
-type memoryBase []byte
-
-func (b memoryBase) Size() int64 { return int64(len(b)) }
-
-func (b memoryBase) ReadAt(p []byte, off int64) (int, error) {
-	n := copy(p, b[min(off, int64(len(b))):])
-	if n < len(p) {
-		return n, io.EOF
-	}
-	return n, nil
-}
-
-// open opens the store in f.
-func (w *world) open(f *disktest.File, m *Memory, readOnly bool) (*exception.Store, *cow.Device, error) {
-	o := exception.Options{Memory: m, ReadOnly: readOnly}
-	s, err := exception.Open(f, o)
-	if err != nil {
-		return nil, nil, fmt.Errorf("open: %w", err)
-	}
-	return s, cow.New(memoryBase(w.base), s, cow.Options{ReadOnly: readOnly}), nil
-}
-
-// session opens the store, lets clients work on it until it dies or they are
-// done, and makes the file ready for the next.
-func (w *world) session() error {
+// oneSession opens the store, lets clients work on it until it dies or they
+// are done, and makes the file ready for the next.
+func (w *world) oneSession() error {
 	w.stats.Sessions++
 	var err error
-	if w.store, w.dev, err = w.open(w.file, w.mem, false); err != nil {
+	if w.session, err = w.cfg.Host.Start(w.file, w.mem); err != nil {
 		return err
 	}
+	defer w.session.Bury()
 	w.plan()
 	w.file.OnStep = w.step
 	if w.cfg.Faults {
 		w.file.Inject = w.inject
 	}
+	if err := w.work(); err != nil {
+		return err
+	}
+	return w.end()
+}
+
+// work lets the clients work until the session is over or they are done.
+func (w *world) work() error {
 	var clients sync.WaitGroup
 	for i := range w.cfg.Clients {
-		c := &client{w: w, id: i, rng: rand.New(rand.NewPCG(w.rng.Uint64(), uint64(i)))}
+		dev, err := w.session.Device(i)
+		if err != nil {
+			return err
+		}
+		c := &client{w: w, id: i, dev: dev, rng: rand.New(rand.NewPCG(w.rng.Uint64(), uint64(i)))}
 		if w.cfg.Clients == 1 {
 			c.run()
 			break
@@ -226,17 +220,14 @@ func (w *world) session() error {
 		clients.Go(c.run)
 	}
 	clients.Wait()
-	if w.failed != nil {
-		return w.failed
-	}
-	return w.end()
+	return w.failed
 }
 
 // plan decides what will happen to the session.
 func (w *world) plan() {
 	w.left, w.dead, w.fault = 0, nil, 0
 	w.full, w.faulted, w.broken = false, false, false
-	w.began = w.store.Adopted()
+	w.began = w.session.Adopted()
 	w.death = Death(w.rng.IntN(2))
 	if w.rng.IntN(3) > 0 {
 		w.left = 1 + w.rng.IntN(40+w.cfg.Steps*w.cfg.Clients*3)
@@ -253,7 +244,7 @@ func (w *world) plan() {
 		w.stats.FullDisks++
 		w.file.SetSpace(w.file.Allocated() + int64(w.rng.IntN(12))*4096)
 	}
-	w.note("open; adopted %v", w.store.Adopted())
+	w.note("open; adopted %v", w.session.Adopted())
 }
 
 // step is told of every phase of every file operation of the session.
@@ -274,14 +265,21 @@ func (w *world) step(op disktest.Op, phase disktest.Phase) {
 		}
 	})
 	if w.cfg.Clients > 1 {
-		for n := w.yields(); n > 0; n-- {
+		for n := w.yields(op); n > 0; n-- {
 			runtime.Gosched()
 		}
 	}
 }
 
-func (w *world) yields() (n int) {
-	w.oracle.While(func() { n = w.rng.IntN(4) })
+// yields returns how often others are let run in the middle of op. Some reads
+// take so long that a slot they look at could be given away meanwhile.
+func (w *world) yields(op disktest.Op) (n int) {
+	w.oracle.While(func() {
+		n = w.rng.IntN(4)
+		if op.Kind == disktest.Read && w.rng.IntN(6) == 0 {
+			n = w.rng.IntN(1000)
+		}
+	})
 	return n
 }
 
@@ -308,19 +306,18 @@ func (w *world) die(d Death) {
 func (w *world) cut(d Death, real bool) *after {
 	a := &after{cut: d, rule: d}
 	if d == Power {
-		a.file, a.mem = w.file.Crash(w.rng), NewMemory()
+		a.file, a.mem = w.file.Crash(w.rng), w.cfg.Host.NewMemory()
 		if real {
 			w.file.Kill(nil)
 		}
 		return a
 	}
-	copyMemory := func() { a.mem = w.mem.Copy() }
 	if real {
-		a.file = w.file.Kill(copyMemory)
+		a.file = w.file.Kill(func() { a.mem = w.session.Die() })
 	} else {
-		a.file = w.file.Fork(copyMemory)
+		a.file = w.file.Fork(func() { a.mem = w.session.Memory() })
 	}
-	if w.store.Broken() != nil { // and said so: it is not taken over
+	if w.session.Broken() { // and said so: it is not taken over
 		a.rule = Power
 	}
 	if w.broken { // what is in the page cache is not what is on the disk
@@ -330,7 +327,7 @@ func (w *world) cut(d Death, real bool) *after {
 		}
 	}
 	if !w.broken && w.rng.IntN(4) == 0 { // the memory is lost, or could not be had
-		a.mem, a.rule = NewMemory(), Power
+		a.mem, a.rule = w.cfg.Host.NewMemory(), Power
 	}
 	return a
 }
@@ -338,7 +335,7 @@ func (w *world) cut(d Death, real bool) *after {
 // probe looks at a death on a copy.
 func (w *world) probe() error {
 	d := Power
-	if w.rng.IntN(3) == 0 {
+	if w.rng.IntN(3) == 0 && canCopy(w.mem) {
 		d = Process
 		w.stats.Kills++
 	}
@@ -354,7 +351,7 @@ func (w *world) end() error {
 	if w.dead == nil && w.rng.IntN(2) == 0 {
 		w.note("close")
 		flush := w.oracle.Flush()
-		err := errors.Join(w.dev.Close(), w.store.Close())
+		err := w.session.Close()
 		w.note("close -> %v", err)
 		w.oracle.While(func() {
 			if w.dead == nil && err != nil {
@@ -370,8 +367,8 @@ func (w *world) end() error {
 			w.die(w.death)
 		}
 	})
+	w.session.Bury()
 	w.file.OnStep, w.file.Inject = nil, nil
-	w.store.Abandon() // lets what still runs see that its file is gone
 	if w.failed != nil {
 		return w.failed
 	}
