@@ -97,7 +97,10 @@ func (n *Inode) walkMap(data func(run) error, node func(b uint64) error) error {
 				return err
 			}
 		}
-		return nil
+		if node == nil {
+			return nil
+		}
+		data = func(run) error { return nil } // only the stored map's own blocks are wanted
 	}
 	if !n.hasMap() {
 		return nil

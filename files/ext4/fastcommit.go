@@ -189,12 +189,13 @@ func (f *FS) replayInode(ino uint32, raw []byte) error {
 	if err != nil {
 		return err
 	}
+	blk := file.raw[mapAt:mapEnd]
 	if file.freed {
 		file.freed, file.mapped, file.runs = false, true, nil
+		clear(blk)
 	}
 	copy(file.raw[:mapAt], raw[:mapAt])
 	copy(file.raw[mapEnd:], raw[mapEnd:])
-	blk := file.raw[mapAt:mapEnd]
 	if le.Uint32(raw[0x20:])&FlagExtents == 0 {
 		copy(blk, raw[mapAt:])
 	} else if le.Uint16(blk) != extentMagic {

@@ -10,17 +10,14 @@ import (
 const (
 	compatHasJournal   = 0x4
 	compatSparseSuper2 = 0x200
-	compatFastCommit   = 0x400
 
-	incompatFiletype   = 0x2
-	incompatRecover    = 0x4
-	incompatJournalDev = 0x8
-	incompatMetaBG     = 0x10
-	incompat64bit      = 0x80
-	incompatMMP        = 0x100
-	incompatEAInode    = 0x400
-	incompatCsumSeed   = 0x2000
-	incompatLargeDir   = 0x4000
+	incompatFiletype = 0x2
+	incompatRecover  = 0x4
+	incompatMetaBG   = 0x10
+	incompat64bit    = 0x80
+	incompatMMP      = 0x100
+	incompatCsumSeed = 0x2000
+	incompatLargeDir = 0x4000
 
 	roCompatSparseSuper  = 0x1
 	roCompatHugeFile     = 0x8
@@ -33,7 +30,7 @@ const (
 // incompatKnown are the features that change the format and are understood.
 const incompatKnown = incompatFiletype | incompatRecover | incompatMetaBG |
 	0x40 /* extents */ | incompat64bit | incompatMMP | 0x200 /* flex_bg */ |
-	incompatEAInode | incompatCsumSeed | incompatLargeDir |
+	0x400 /* ea_inode */ | incompatCsumSeed | incompatLargeDir |
 	0x8000 /* inline_data */ | 0x10000 /* encrypt */ | 0x20000 /* casefold */
 
 // featureNames are the names that mke2fs and dumpe2fs use, by bit.

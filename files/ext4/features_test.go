@@ -108,6 +108,7 @@ func TestFastCommits(t *testing.T) {
 	if os.Getenv("COWDEV_LONG") != "" {
 		rounds = 30
 	}
+	before := copyImage(t, image)
 	for range rounds {
 		p.syncFS()
 		for range 3 {
@@ -123,6 +124,10 @@ func TestFastCommits(t *testing.T) {
 			}
 			return false
 		})
+		after := copyImage(t, image)
+		checkChanged(t, before, after)
+		os.Remove(before)
+		before = after
 	}
 	if fast == 0 {
 		t.Error("there was no fast commit")

@@ -3,6 +3,7 @@ package ext4
 import (
 	"fmt"
 	"sync"
+	"sync/atomic"
 
 	lru "github.com/hashicorp/golang-lru/v2"
 
@@ -29,7 +30,8 @@ type FS struct {
 
 	layout func() ([]metaRange, error) // computed once
 
-	dirs *lru.Cache[uint32, dirIndex]
+	dirs       *lru.Cache[uint32, dirIndex]
+	dirEntries atomic.Int64 // in dirs
 
 	pathMu sync.Mutex
 	paths  map[uint32]string // of directories
@@ -88,11 +90,12 @@ func Open(r block.Reader) (*FS, error) {
 }
 
 func newFS(sb *super, src *source) *FS {
-	dirs, err := lru.New[uint32, dirIndex](dirCacheSize)
+	f := &FS{sb: sb, src: src, paths: map[uint32]string{RootIno: ""}}
+	var err error
+	f.dirs, err = lru.NewWithEvict(dirCacheSize, func(_ uint32, d dirIndex) { f.dirEntries.Add(-int64(len(d))) })
 	if err != nil {
 		panic(err) // only for a size below 1
 	}
-	f := &FS{sb: sb, src: src, dirs: dirs, paths: map[uint32]string{RootIno: ""}}
 	f.tableBlocks = (uint64(sb.inodesPerGroup)*uint64(sb.inodeSize) + uint64(sb.blockSize) - 1) / uint64(sb.blockSize)
 	f.layout = sync.OnceValues(f.computeLayout)
 	return f

@@ -24,11 +24,9 @@ const (
 // chattr(1) and linux/fs.h.
 const (
 	FlagEncrypted  = 0x800
-	FlagIndexed    = 0x1000
 	FlagExtents    = 0x80000
 	FlagEAInode    = 0x200000
 	FlagInlineData = 0x10000000
-	FlagCasefold   = 0x40000000
 )
 
 // An Inode is a file of any type. Its exported fields are copies and may be
@@ -89,10 +87,14 @@ func (n *Inode) FileMode() fs.FileMode {
 	default:
 		m |= fs.ModeIrregular
 	}
-	for bit, to := range map[uint16]fs.FileMode{0o4000: fs.ModeSetuid, 0o2000: fs.ModeSetgid, 0o1000: fs.ModeSticky} {
-		if n.Mode&bit != 0 {
-			m |= to
-		}
+	if n.Mode&0o4000 != 0 {
+		m |= fs.ModeSetuid
+	}
+	if n.Mode&0o2000 != 0 {
+		m |= fs.ModeSetgid
+	}
+	if n.Mode&0o1000 != 0 {
+		m |= fs.ModeSticky
 	}
 	return m
 }

@@ -6,10 +6,11 @@ import (
 	"strings"
 )
 
-// Directories whose names are kept for Lookup: so many, if not larger.
+// What is kept of directories for Lookup: so many of them, and so many names
+// in all and in each.
 const (
-	dirCacheSize    = 32
-	dirCacheEntries = 32 << 10
+	dirCacheSize    = 64
+	dirCacheEntries = 1 << 20
 )
 
 // A dirIndex is the names of a directory; nil for one that has too many.
@@ -29,7 +30,7 @@ func (f *FS) Lookup(dir *Inode, name string) (ino uint32, typ uint16, err error)
 		if index, err = f.indexDir(dir); err != nil {
 			return 0, 0, err
 		}
-		f.dirs.Add(dir.Ino, index)
+		f.keep(dir.Ino, index)
 	}
 	found, ok := index[name]
 	if index == nil {
@@ -42,6 +43,18 @@ func (f *FS) Lookup(dir *Inode, name string) (ino uint32, typ uint16, err error)
 		return 0, 0, fmt.Errorf("%q in directory %d: %w", name, dir.Ino, fs.ErrNotExist)
 	}
 	return found.ino, found.typ, nil
+}
+
+// keep remembers the names of a directory, and forgets others for it.
+func (f *FS) keep(ino uint32, index dirIndex) {
+	for f.dirEntries.Load()+int64(len(index)) > dirCacheEntries {
+		if _, _, ok := f.dirs.RemoveOldest(); !ok {
+			break
+		}
+	}
+	if known, _ := f.dirs.ContainsOrAdd(ino, index); !known {
+		f.dirEntries.Add(int64(len(index)))
+	}
 }
 
 // indexDir reads the names of a directory, or returns nil if there are too

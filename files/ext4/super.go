@@ -51,13 +51,11 @@ type super struct {
 	label       string
 	lastMounted string
 
-	journalIno  uint32
-	quotaInos   [3]uint32
-	orphanIno   uint32
-	lastOrphan  uint32
-	mmpBlock    uint64
-	csumSeed    uint32
-	numFCBlocks uint32
+	journalIno uint32
+	quotaInos  [3]uint32
+	orphanIno  uint32
+	mmpBlock   uint64
+	csumSeed   uint32
 }
 
 // parseSuper decodes and checks the superblock raw of an image of size bytes.
@@ -109,7 +107,6 @@ func (sb *super) parseDynamic(raw []byte) {
 	sb.roCompat = le.Uint32(raw[0x64:])
 	sb.reservedGDT = uint64(le.Uint16(raw[0xCE:]))
 	sb.journalIno = le.Uint32(raw[0xE0:])
-	sb.lastOrphan = le.Uint32(raw[0xE8:])
 	sb.firstMetaBG = uint64(le.Uint32(raw[0x104:]))
 	sb.quotaInos = [3]uint32{le.Uint32(raw[0x240:]), le.Uint32(raw[0x244:]), le.Uint32(raw[0x26C:])}
 	sb.backupGroups = [2]uint32{le.Uint32(raw[0x24C:]), le.Uint32(raw[0x250:])}

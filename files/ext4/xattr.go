@@ -11,18 +11,17 @@ const xattrMagic = 0xEA020000
 
 // Indexes that stand for the beginning of an attribute's name.
 const (
-	xattrUser         = 1
-	xattrACLAccess    = 2
-	xattrACLDefault   = 3
-	xattrTrusted      = 4
-	xattrSecurity     = 6
-	xattrSystem       = 7
-	xattrRichACL      = 8
-	inlineDataName    = "data" // with xattrSystem: the rest of inline data
-	xattrEntrySize    = 16
-	xattrBlockHeader  = 32
-	xattrInodeHeader  = 4
-	maxXattrBlockRefs = 1024
+	xattrUser        = 1
+	xattrACLAccess   = 2
+	xattrACLDefault  = 3
+	xattrTrusted     = 4
+	xattrSecurity    = 6
+	xattrSystem      = 7
+	xattrRichACL     = 8
+	inlineDataName   = "data" // with xattrSystem: the rest of inline data
+	xattrEntrySize   = 16
+	xattrBlockHeader = 32
+	xattrInodeHeader = 4
 )
 
 // An Xattr is an extended attribute, as getxattr(2) shows it: POSIX ACLs are
