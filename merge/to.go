@@ -137,11 +137,11 @@ type output struct {
 func newOutput(path string) (*output, error) {
 	dir := filepath.Dir(path)
 	f, err := disk.OpenOS(dir, os.O_RDWR|unix.O_TMPFILE)
-	if err == nil {
+	switch {
+	case err == nil:
 		return &output{f: f}, nil
-	}
-	if _, e := os.Stat(dir); e != nil {
-		return nil, e
+	case !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR):
+		return nil, err
 	}
 	temp := fmt.Sprintf("%s.cowdev-%d", path, os.Getpid())
 	if f, err = disk.OpenOS(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL); err != nil {

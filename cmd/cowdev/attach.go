@@ -225,7 +225,10 @@ func parseServe(c *cli.Context, flags []string, base, cow string, sc *serveConfi
 			return sc.device(c)
 		},
 	}
-	return inner.Run(c, append(append([]string{"open"}, flags...), "--", base, cow)...)
+	// A context of its own: Run puts what it reads into the one it is given.
+	own := cli.NewContext(c.App, nil, c)
+	own.Command = inner
+	return inner.Run(own, append(append([]string{"open"}, flags...), "--", base, cow)...)
 }
 
 // runAttach attaches and serves until the device is gone.

@@ -35,7 +35,7 @@ func detachCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return detach(s)
+			return detach(c, s)
 		},
 	}
 }
@@ -51,12 +51,12 @@ func detachForeign(index int) error {
 }
 
 // detach ends a device and waits until the process that held it is gone.
-func detach(s *attach.State) error {
+func detach(c *cli.Context, s *attach.State) error {
 	if err := refuseBusy(s.Device); err != nil {
 		return err
 	}
 	if !s.Alive() {
-		return detachOrphan(s)
+		return detachOrphan(c, s)
 	}
 	if err := unix.Kill(s.PID, unix.SIGTERM); err != nil {
 		return fmt.Errorf("end process %d, which holds %s: %w", s.PID, s.Device, err)
@@ -76,8 +76,25 @@ func detach(s *attach.State) error {
 	return nil
 }
 
-// detachOrphan ends a device whose server is gone.
-func detachOrphan(s *attach.State) error {
+// detachOrphan ends a device whose server is gone. The store is opened and
+// closed once, so that what was acknowledged and not flushed becomes durable.
+func detachOrphan(c *cli.Context, s *attach.State) error {
+	if err := removeOrphan(s); err != nil {
+		return err
+	}
+	var sc serveConfig
+	if err := parseServe(c, s.Flags, s.Base, s.COW, &sc); err != nil {
+		return err
+	}
+	v, err := openView(c.Context, c, sc.base, sc.cow, sc.view)
+	if err != nil {
+		return fmt.Errorf("%s is detached; its store was not closed in order: %w", s.Device, err)
+	}
+	return v.Close()
+}
+
+// removeOrphan ends a device whose server is gone, and forgets it.
+func removeOrphan(s *attach.State) error {
 	ctx, cancel := limited()
 	defer cancel()
 	var err error

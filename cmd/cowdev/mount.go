@@ -44,7 +44,7 @@ func mountCommand() *cli.Command {
 			}
 			if err := mountAttached(c, device, dir); err != nil {
 				if s, e := attach.DefaultStates.Find(device); e == nil {
-					err = errors.Join(err, detach(s))
+					err = errors.Join(err, detach(c, s))
 				}
 				return err
 			}

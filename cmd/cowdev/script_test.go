@@ -51,16 +51,10 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"image": scriptImage, "poke": scriptPoke, "refuse": scriptRefuse, "status": scriptStatus,
 			"ready": scriptReady, "nbd": scriptNBD, "same": scriptSame,
-		},
-		Condition: func(cond string) (bool, error) {
-			if cond == "root" {
-				return os.Geteuid() == 0, nil
-			}
-			return false, fmt.Errorf("unknown condition %q", cond)
+			"loop": scriptLoop, "mount": scriptMount,
 		},
 		Setup: func(env *testscript.Env) error {
-			// Short, for sockets; and the live tables of servers that are killed.
-			env.Setenv("HOME", env.WorkDir)
+			env.Values["t"] = env.T()
 			return nil
 		},
 	})

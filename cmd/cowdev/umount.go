@@ -23,12 +23,12 @@ func umountCommand() *cli.Command {
 			if err != nil {
 				return err
 			}
-			return umount(args[0])
+			return umount(c, args[0])
 		},
 	}
 }
 
-func umount(dir string) error {
+func umount(c *cli.Context, dir string) error {
 	if real, err := filepath.EvalSymlinks(dir); err == nil {
 		dir = real
 	}
@@ -51,5 +51,5 @@ func umount(dir string) error {
 	if err != nil {
 		return err
 	}
-	return detach(s)
+	return detach(c, s)
 }

@@ -1,0 +1,74 @@
+package main
+
+// What scripts need of the system besides files:
+//
+//	loop FILE NAME     attach FILE to a loop device and put its path into $NAME
+//	mount ARGS... DIR  mount, until the script ends
+//
+// Both skip the script, by name, where this machine cannot do it.
+
+import (
+	"context"
+	"os"
+	"os/exec"
+	"strings"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+)
+
+// system runs a command of the system, bounded in time.
+func system(args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	out, err := exec.CommandContext(ctx, args[0], args[1:]...).CombinedOutput()
+	return strings.TrimSpace(string(out)), err
+}
+
+// skip ends the script as a skipped test.
+func skip(ts *testscript.TestScript, format string, args ...any) {
+	ts.Logf("skipped: "+format, args...)
+	ts.Value("t").(testscript.T).Skip()
+}
+
+func scriptLoop(ts *testscript.TestScript, neg bool, args []string) {
+	scriptUsage(ts, !neg && len(args) == 2, "loop FILE NAME")
+	if os.Geteuid() != 0 {
+		skip(ts, "loop devices need root")
+	}
+	var dev string
+	var err error
+	for try := 0; try < 20; try++ {
+		// Another process may take the free one first.
+		if dev, err = system("losetup", "--find", "--show", ts.MkAbs(args[0])); err == nil {
+			break
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	if err != nil {
+		skip(ts, "no loop device: %v: %s", err, dev)
+	}
+	ts.Defer(func() {
+		if out, err := system("losetup", "--detach", dev); err != nil {
+			ts.Logf("losetup --detach %s: %v: %s", dev, err, out)
+		}
+	})
+	ts.Setenv(args[1], dev)
+}
+
+func scriptMount(ts *testscript.TestScript, neg bool, args []string) {
+	scriptUsage(ts, !neg && len(args) >= 2, "mount ARGS... DIR")
+	if os.Geteuid() != 0 {
+		skip(ts, "mounting needs root")
+	}
+	dir := ts.MkAbs(args[len(args)-1])
+	args = append([]string{"mount"}, append(args[:len(args)-1], dir)...)
+	if out, err := system(args...); err != nil {
+		skip(ts, "%s: %v: %s", strings.Join(args, " "), err, out)
+	}
+	ts.Defer(func() {
+		if out, err := system("umount", "--lazy", dir); err != nil {
+			ts.Logf("umount %s: %v: %s", dir, err, out)
+		}
+	})
+}

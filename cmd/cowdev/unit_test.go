@@ -1,0 +1,115 @@
+package main
+
+// What the scripts cannot reach well: sizes, the order of flags, and which
+// error has which status.
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"slices"
+	"strings"
+	"syscall"
+	"testing"
+
+	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/exception"
+	"github.com/cowdev/cowdev/image"
+	"github.com/cowdev/cowdev/internal/disk"
+)
+
+func TestParseSize(t *testing.T) {
+	for s, want := range map[string]int64{
+		"0": 0, "4096": 4096, "64K": 64 << 10, "64k": 64 << 10, "64KiB": 64 << 10, "64KB": 64 << 10, "1.5G": 3 << 29,
+		"2T": 2 << 40, "1P": 1 << 50, "1E": 1 << 60, "10B": 10, "0.5K": 512,
+	} {
+		if got, err := parseSize(s); err != nil || got != want {
+			t.Errorf("%q: %d, %v, expected %d", s, got, err, want)
+		}
+	}
+	for _, s := range []string{"", "K", "B", "-1", "1.0001", "1e3", "1KK", "64 K", "0x10", "9E", "1/2", strings.Repeat("9", 40), "1..2", "."} {
+		if got, err := parseSize(s); err == nil {
+			t.Errorf("%q: %d, expected an error", s, got)
+		}
+	}
+}
+
+func TestReorder(t *testing.T) {
+	commands := newApp(nil, nil).Commands
+	for _, c := range []struct{ in, want string }{
+		{"merge BASE COW --output NEW", "merge --output NEW -- BASE COW"},
+		{"merge BASE --output=NEW COW -q", "merge --output=NEW -q -- BASE COW"},
+		{"serve --read-only BASE --export x COW", "serve --read-only --export x -- BASE COW"},
+		{"serve BASE -- --COW -x", "serve -- BASE --COW -x"},
+		{"info -", "info -- -"},
+		{"--version", "--version"},
+		{"nonsense --flag x", "nonsense --flag x"},
+	} {
+		got, err := reorder(append([]string{"cowdev"}, strings.Fields(c.in)...), commands)
+		want := append([]string{"cowdev"}, strings.Fields(c.want)...)
+		if err != nil || !slices.Equal(got, want) {
+			t.Errorf("%s: %q, %v, expected %q", c.in, got, err, want)
+		}
+	}
+	for _, in := range []string{"serve BASE COW --socket", "serve --socket -- BASE COW"} {
+		if _, err := reorder(append([]string{"cowdev"}, strings.Fields(in)...), commands); exitStatus(err) != exitUsage {
+			t.Errorf("%s: %v, expected a usage error", in, err)
+		}
+	}
+}
+
+func TestExitStatus(t *testing.T) {
+	for _, c := range []struct {
+		err  error
+		want int
+	}{
+		{nil, 0},
+		{errors.New("other"), 1},
+		{usagef("x"), 2},
+		{fs.ErrPermission, 3},
+		{syscall.EROFS, 3},
+		{disk.ErrLocked, 4},
+		{context.Canceled, 5},
+		{image.ErrWrongBase, 6},
+		{exception.ErrNotStore, 7},
+		{exception.ErrVersion, 7},
+		{exception.ErrCorrupt, 8},
+		{exception.ErrFull, 9},
+		{syscall.ENOSPC, 9},
+		{quietError(exitRepaired), 10},
+		// Interrupted is what counts, whatever went wrong on the way out.
+		{errors.Join(context.Canceled, syscall.ENOSPC), 5},
+	} {
+		err := c.err
+		if err != nil {
+			err = fmt.Errorf("wrapped: %w", err)
+		}
+		if got := exitStatus(err); got != c.want {
+			t.Errorf("%v: status %d, expected %d", c.err, got, c.want)
+		}
+	}
+}
+
+func TestBlockBytes(t *testing.T) {
+	g := block.Geometry{Size: 64<<10 + 5000, ChunkSize: 64 << 10}
+	for _, c := range []struct {
+		chunk block.Chunk
+		mask  block.Mask
+		want  int64
+	}{{0, block.AllBlocks, 64 << 10}, {0, 1, 4096}, {1, 1, 4096}, {1, 2, 904}, {1, 3, 5000}, {1, 0, 0}} {
+		if got := blockBytes(g, c.chunk, c.mask); got != c.want {
+			t.Errorf("chunk %d, blocks %#x: %d bytes, expected %d", c.chunk, c.mask, got, c.want)
+		}
+	}
+}
+
+func TestURIs(t *testing.T) {
+	lc := listenConfig{export: "a b/c", tls: true}
+	if got, want := lc.unixURI("/run/my disk.sock"), "nbds+unix:///a%20b%2Fc?socket=/run/my%20disk.sock"; got != want {
+		t.Errorf("%s, expected %s", got, want)
+	}
+	if got, want := shellWord("it's"), `'it'\''s'`; got != want {
+		t.Errorf("%s, expected %s", got, want)
+	}
+}
