@@ -50,7 +50,8 @@ func (f extFS) file(ino uint32) (*extFile, error) {
 // extFile is a file of an extFS; it reads at any offset as its inode does.
 type extFile struct {
 	*ext4.Inode
-	fs extFS
+	fs       extFS
+	children map[string]uint32 // of a directory that was read
 }
 
 func (f *extFile) Attr() Attr {
@@ -93,6 +94,7 @@ func (f *extFile) ReadDir() ([]Entry, error) {
 		return nil, kindError("entries", f.FileMode())
 	}
 	var entries []Entry
+	children := map[string]uint32{}
 	err := f.fs.ReadDir(f.Inode, func(e ext4.Dirent) error {
 		name := string(e.Name)
 		if name == "." || name == ".." {
@@ -102,15 +104,23 @@ func (f *extFile) ReadDir() ([]Entry, error) {
 			return err
 		}
 		entries = append(entries, Entry{Name: name, ID: uint64(e.Ino), Type: ModeOf(uint32(e.Type)).Type()})
+		children[name] = e.Ino
 		return nil
 	})
+	if err != nil {
+		return nil, err
+	}
+	f.children = children
 	slices.SortFunc(entries, func(a, b Entry) int { return cmp.Compare(a.Name, b.Name) })
-	return entries, err
+	return entries, nil
 }
 
 func (f *extFile) Child(name string) (File, error) {
 	if !f.IsDir() {
 		return nil, kindError("entries", f.FileMode())
+	}
+	if ino, ok := f.children[name]; ok {
+		return f.fs.file(ino)
 	}
 	ino, _, err := f.fs.Lookup(f.Inode, name)
 	if err != nil {

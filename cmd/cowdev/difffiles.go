@@ -40,19 +40,12 @@ func diffFiles(c *cli.Context, basePath, cowPath string) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, v.close()) }()
-	overlay, err := v.overlay()
-	if err != nil {
-		return fmt.Errorf("%s: %w", cowPath, err)
-	}
-	old, err := files.Open(v.base)
-	if err != nil {
-		return fmt.Errorf("%s: %w", basePath, err)
-	}
-	now, err := files.Open(v)
-	if err != nil {
-		return fmt.Errorf("%s: %w", cowPath, err)
-	}
-	r, err := files.Compare(old, now, files.Options{Changed: overlay, All: c.Bool("all"), NoRenames: c.Bool("no-renames")})
+	var r *files.Result
+	var now files.FS
+	err = v.settled(func() (err error) {
+		r, now, err = v.compare(c)
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("compare %s with %s: %w", basePath, cowPath, err)
 	}
@@ -63,6 +56,24 @@ func diffFiles(c *cli.Context, basePath, cowPath string) (err error) {
 		return quietError(exitFailure)
 	}
 	return nil
+}
+
+// compare compares the base's files with those seen through the overlay.
+func (v *lookView) compare(c *cli.Context) (*files.Result, files.FS, error) {
+	overlay, err := v.overlay()
+	if err != nil {
+		return nil, nil, err
+	}
+	old, err := files.Open(v.base)
+	if err != nil {
+		return nil, nil, fmt.Errorf("base: %w", err)
+	}
+	now, err := files.Open(v)
+	if err != nil {
+		return nil, nil, fmt.Errorf("overlay: %w", err)
+	}
+	r, err := files.Compare(old, now, files.Options{Changed: overlay, All: c.Bool("all"), NoRenames: c.Bool("no-renames")})
+	return r, now, err
 }
 
 // countSet returns how many of the flags are set.

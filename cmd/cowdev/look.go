@@ -38,6 +38,20 @@ type lookView struct {
 	off    int64        // of the partition in the device
 	stored func() ([]block.Extent, error)
 	close  func() error
+	live   bool // somebody may be writing
+}
+
+// settled calls do, which prints nothing, again when it met damage on a device
+// that is being written: most likely a moment between two writes.
+func (v *lookView) settled(do func() error) (err error) {
+	const tries = 5
+	for range tries {
+		err = do()
+		if !v.live || exitStatus(err) != exitDamaged {
+			return err
+		}
+	}
+	return fmt.Errorf("%w; the device is being written, try again when it rests", err)
 }
 
 // openLook opens what a verb looks into: an image, one through its overlay, or
@@ -76,7 +90,7 @@ func openPair(c *cli.Context, basePath, cowPath string) (*lookView, error) {
 			err := fmt.Errorf("%s serves %d bytes, %s has %d: %w", cowPath, server.Size(), basePath, base.Size(), image.ErrWrongBase)
 			return nil, errors.Join(err, server.Close(), base.Close())
 		}
-		v := &lookView{Reader: server, base: base, stored: server.Stored}
+		v := &lookView{Reader: server, base: base, stored: server.Stored, live: true}
 		v.close = func() error { return errors.Join(server.Close(), base.Close()) }
 		return v.cut(c)
 	}
@@ -109,7 +123,7 @@ func dialLook(c *cli.Context, address string) (*lookView, error) {
 	if err != nil {
 		return nil, err
 	}
-	v := &lookView{Reader: server, stored: server.Stored, close: server.Close}
+	v := &lookView{Reader: server, stored: server.Stored, close: server.Close, live: true}
 	return v.cut(c)
 }
 
@@ -177,11 +191,14 @@ func withFile(c *cli.Context, imagePath, path string, follow bool, do func(v *lo
 		return err
 	}
 	defer func() { err = errors.Join(err, v.close()) }()
-	fsys, err := files.Open(v)
-	if err != nil {
-		return fmt.Errorf("%s: %w", imagePath, err)
-	}
-	f, err := files.Lookup(fsys, path, follow)
+	var f files.File
+	err = v.settled(func() error {
+		fsys, err := files.Open(v)
+		if err == nil {
+			f, err = files.Lookup(fsys, path, follow)
+		}
+		return err
+	})
 	if err != nil {
 		return fmt.Errorf("%s: %w", imagePath, err)
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"fmt"
 	"io"
 	"io/fs"
@@ -40,60 +41,84 @@ func ls(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if args[1] == "" {
-		args[1] = "/"
-	}
-	return withFile(c, args[0], args[1], true, func(_ *lookView, f files.File) error {
-		list := []lsFile{}
-		out := lsPrinter(c, &list)
-		top := path.Join("/", args[1])
-		if err := lsList(f, top, c.Bool("recursive"), out); err != nil {
+	top := path.Join("/", args[1])
+	return withFile(c, args[0], top, true, func(_ *lookView, f files.File) error {
+		var err error
+		if c.Bool("json") || c.Bool("long") {
+			err = lsAttributes(c, f, top)
+		} else {
+			err = lsNames(c.App.Writer, f, top, c.Bool("recursive"))
+		}
+		if err != nil {
 			return fmt.Errorf("%s: %w", args[0], err)
-		}
-		if c.Bool("json") {
-			return printJSON(c.App.Writer, list)
-		}
-		if c.Bool("long") {
-			return printLong(c.App.Writer, list)
 		}
 		return nil
 	})
 }
 
-// lsPrinter returns what takes the files that are listed: names are printed at
-// once, everything else is gathered in list.
-func lsPrinter(c *cli.Context, list *[]lsFile) func(name string, f files.File) error {
-	if !c.Bool("json") && !c.Bool("long") {
-		return func(name string, _ files.File) error {
-			_, err := fmt.Fprintln(c.App.Writer, files.Quote(name))
+// lsNames prints the names in a directory, or all paths from there on, or f's
+// own name when it is no directory. For names no inode is read.
+func lsNames(out io.Writer, f files.File, top string, recursive bool) error {
+	w := bufio.NewWriter(out)
+	switch {
+	case !f.Attr().Mode.IsDir():
+		fmt.Fprintln(w, files.Quote(path.Base(top)))
+	case recursive:
+		if err := files.Walk(top, f, func(name string, _ files.File) error {
+			_, err := fmt.Fprintln(w, files.Quote(name))
+			return err
+		}); err != nil {
 			return err
 		}
+	default:
+		entries, err := f.ReadDir()
+		if err != nil {
+			return err
+		}
+		for _, e := range entries {
+			fmt.Fprintln(w, files.Quote(e.Name))
+		}
 	}
-	return func(name string, f files.File) error {
-		*list = append(*list, lsFile{name, files.StatOf(f)})
-		return nil
-	}
+	return w.Flush()
 }
 
-// lsList calls out for f when it is no directory, else for what it holds: by
-// name, or when all is to be listed by path.
-func lsList(f files.File, name string, all bool, out func(name string, f files.File) error) error {
-	if !f.Attr().Mode.IsDir() {
-		return out(path.Base(name), f)
+// lsAttributes prints the same files with their attributes.
+func lsAttributes(c *cli.Context, f files.File, top string) error {
+	list := []lsFile{}
+	add := func(name string, f files.File) error {
+		list = append(list, lsFile{name, files.StatOf(f)})
+		return nil
 	}
-	if all {
-		return files.Walk(name, f, out)
+	var err error
+	switch {
+	case !f.Attr().Mode.IsDir():
+		err = add(path.Base(top), f)
+	case c.Bool("recursive"):
+		err = files.Walk(top, f, add)
+	default:
+		err = eachChild(f, add)
 	}
-	entries, err := f.ReadDir()
+	if err != nil {
+		return err
+	}
+	if c.Bool("json") {
+		return printJSON(c.App.Writer, list)
+	}
+	return printLong(c.App.Writer, list)
+}
+
+// eachChild calls do for the files in a directory.
+func eachChild(dir files.File, do func(name string, f files.File) error) error {
+	entries, err := dir.ReadDir()
 	if err != nil {
 		return err
 	}
 	for _, e := range entries {
-		child, err := f.Child(e.Name)
+		f, err := dir.Child(e.Name)
 		if err != nil {
 			return err
 		}
-		if err := out(e.Name, child); err != nil {
+		if err := do(e.Name, f); err != nil {
 			return err
 		}
 	}

@@ -47,15 +47,27 @@ func why(c *cli.Context) (err error) {
 		return err
 	}
 	defer func() { err = errors.Join(err, v.close()) }()
+	r := whyReport{}
+	if err := v.settled(func() error { return r.fill(v) }); err != nil {
+		return fmt.Errorf("%s: %w", args[1], err)
+	}
+	if c.Bool("json") {
+		return printJSON(c.App.Writer, r)
+	}
+	return r.print(c.App.Writer, c.Int("top"))
+}
+
+// fill finds out.
+func (r *whyReport) fill(v *lookView) error {
 	fsys, err := files.Open(v)
 	if err != nil {
-		return fmt.Errorf("%s: %w", args[1], err)
+		return err
 	}
 	overlay, err := v.overlay()
 	if err != nil {
-		return fmt.Errorf("%s: %w", args[1], err)
+		return err
 	}
-	r := whyReport{}
+	r.Dropped = 0
 	var stored []block.Extent
 	for _, e := range overlay {
 		if e.State == block.Stored {
@@ -64,13 +76,8 @@ func why(c *cli.Context) (err error) {
 			r.Dropped += e.N
 		}
 	}
-	if r.SpaceReport, err = files.Why(v.base, v, fsys, stored); err != nil {
-		return fmt.Errorf("%s: %w", args[1], err)
-	}
-	if c.Bool("json") {
-		return printJSON(c.App.Writer, r)
-	}
-	return r.print(c.App.Writer, c.Int("top"))
+	r.SpaceReport, err = files.Why(v.base, v, fsys, stored)
+	return err
 }
 
 // print prints the report, with at most top paths of each kind.
