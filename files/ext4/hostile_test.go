@@ -91,16 +91,23 @@ func imageOf(t testing.TB, tree string, size int64, mkfs ...string) memory {
 // replayed: two blocks written, one of them revoked, then written again.
 func withJournal(t testing.TB, image memory) memory {
 	t.Helper()
+	data := filepath.Join(t.TempDir(), "data")
+	if err := os.WriteFile(data, []byte(strings.Repeat("journaled", 1000)), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return debugfs(t, image, "jo", "jw -b 3000,3001 "+data, "jw -r 3000", "jw -b 3001 "+data, "jc")
+}
+
+// debugfs returns the image after commands of debugfs.
+func debugfs(t testing.TB, image memory, commands ...string) memory {
+	t.Helper()
 	dir := scratch(t)
-	path, data, script := filepath.Join(dir, "image"), filepath.Join(dir, "data"), filepath.Join(dir, "script")
-	for name, p := range map[string][]byte{
-		path:   image,
-		data:   []byte(strings.Repeat("journaled", 1000)),
-		script: []byte("jo\njw -b 3000,3001 " + data + "\njw -r 3000\njw -b 3001 " + data + "\njc\n"),
-	} {
-		if err := os.WriteFile(name, p, 0o644); err != nil {
-			t.Fatal(err)
-		}
+	path, script := filepath.Join(dir, "image"), filepath.Join(dir, "script")
+	if err := os.WriteFile(path, image, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(script, []byte(strings.Join(commands, "\n")+"\n"), 0o600); err != nil {
+		t.Fatal(err)
 	}
 	run(t, "debugfs", "-w", "-f", script, path)
 	out, err := os.ReadFile(path)
