@@ -334,7 +334,7 @@ func startDetached(c *cli.Context, words []string) (device string, err error) {
 		return "", err
 	}
 	defer null.Close()
-	p, err := os.StartProcess(exe, append([]string{exe}, words...), &os.ProcAttr{
+	p, err := os.StartProcess(exe, append([]string{"cowdev"}, words...), &os.ProcAttr{
 		Dir:   "/",
 		Env:   append(os.Environ(), detachedEnv+"=1"),
 		Files: []*os.File{null, in, fromChild},

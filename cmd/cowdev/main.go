@@ -32,6 +32,7 @@ func verbs() []*cli.Command {
 		detachCommand(),
 		mountCommand(),
 		umountCommand(),
+		doctorCommand(),
 	}
 }
 
