@@ -15,6 +15,7 @@
 //	ready            the kernel is up, the script begins
 //	ok NAME          a scenario passed
 //	not ok NAME: WHY a scenario failed
+//	skip NAME: WHY   a scenario was not begun, or not finished in time
 //	exit STATUS      the script ended
 //
 // and all others are notes. Machine.Cut is a power cut: the guest's memory is

@@ -74,7 +74,7 @@ func (img *Image) Boot(ctx context.Context, o Options) (*Machine, error) {
 	m.cmd.ExtraFiles = []*os.File{in} // descriptor 3
 	if err := m.cmd.Start(); err != nil {
 		out.Close()
-		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		return nil, err
 	}
 	go m.follow(out, o.Line)
 	return m, nil
@@ -187,6 +187,12 @@ func (m *Machine) Wait() (status int, err error) {
 func (m *Machine) Cut() {
 	m.cut.Do(func() { m.cmd.Process.Kill() })
 	<-m.done
+}
+
+// CPU returns the processor time that the guest has taken, once it is gone.
+func (m *Machine) CPU() time.Duration {
+	<-m.done
+	return m.cmd.ProcessState.UserTime() + m.cmd.ProcessState.SystemTime()
 }
 
 // Console returns what the guest's kernel has logged so far.

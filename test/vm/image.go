@@ -18,18 +18,18 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// ErrUnavailable says that this machine cannot make or start a guest: a
-// package is missing, or the network to fetch the kernel.
-var ErrUnavailable = errors.New("no guest on this machine")
+// ErrUnavailable says that the guest's kernel could not be had: there is no
+// network, or no Debian.
+var ErrUnavailable = errors.New("no kernel for a guest")
 
 // layout is part of the cache's key: raise it when what is built changes.
-const layout = 4
+const layout = 5
 
 // tools are the host's binaries that the guest gets; busybox does the rest.
 var tools = []string{
 	"busybox", "bash", "nbd-client", "fio", "mount", "blkdiscard", "flock",
 	"mke2fs", "e2fsck", "mkfs.xfs", "xfs_repair", "mkfs.btrfs", "btrfs",
-	"mkfs.fat", "fsck.fat", "sfdisk", "xfs_io",
+	"mkfs.fat", "fsck.fat", "xfs_io",
 }
 
 // modules are what is loaded in the guest, or can be; the first ones at boot.
@@ -50,26 +50,26 @@ type Image struct {
 }
 
 // Prepare returns the image, after fetching the kernel and building the root
-// where the cache has none that fits. It wraps ErrUnavailable when it cannot.
+// where the cache has none that fits.
 func Prepare(ctx context.Context) (*Image, error) {
 	cache := os.Getenv("COWDEV_VM_CACHE")
 	if cache == "" {
 		home, err := os.UserCacheDir()
 		if err != nil {
-			return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
+			return nil, err
 		}
 		cache = filepath.Join(home, "cowdev-vm")
 	}
 	if err := os.MkdirAll(cache, 0o755); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		return nil, err
 	}
 	qemu, err := exec.LookPath("qemu-system-x86_64")
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w (package qemu-system-x86)", ErrUnavailable, err)
+		return nil, fmt.Errorf("%w (package qemu-system-x86; scripts/install-test-packages)", err)
 	}
 	unlock, err := lockCache(ctx, cache)
 	if err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		return nil, err
 	}
 	defer unlock()
 	pkg, err := fetchKernel(ctx, cache)
@@ -78,12 +78,10 @@ func Prepare(ctx context.Context) (*Image, error) {
 	}
 	img := &Image{qemu: qemu}
 	if img.kernel, err = glob1(filepath.Join(pkg, "boot", "vmlinuz-*")); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
+		return nil, err
 	}
-	if img.root, err = buildRoot(ctx, cache, pkg); err != nil {
-		return nil, fmt.Errorf("%w: %w", ErrUnavailable, err)
-	}
-	return img, nil
+	img.root, err = buildRoot(ctx, cache, pkg)
+	return img, err
 }
 
 // lockCache waits until no other process works in the cache.
