@@ -19,7 +19,7 @@ type Host interface {
 	// tables holds.
 	Start(f *disktest.File, m exception.Memory) (Session, error)
 
-	// NewMemory returns the memory as a boot makes it.
+	// NewMemory returns the memory as a boot makes it: what was there is lost.
 	NewMemory() exception.Memory
 }
 

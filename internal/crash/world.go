@@ -21,6 +21,9 @@ type Config struct {
 	Probes   int  // one file operation's phase in so many is crashed on a copy
 	Faults   bool // let operations on the file fail
 	Host     Host // nil for a device in this process
+
+	// Spared are the kinds of operation that no fault is injected into.
+	Spared []disktest.Kind
 }
 
 // Stats counts what a walk has done.
@@ -188,6 +191,7 @@ func (w *world) create() error {
 // are done, and makes the file ready for the next.
 func (w *world) oneSession() error {
 	w.stats.Sessions++
+	w.file.SetSpace(0)
 	var err error
 	if w.session, err = w.cfg.Host.Start(w.file, w.mem); err != nil {
 		return err
@@ -206,20 +210,26 @@ func (w *world) oneSession() error {
 
 // work lets the clients work until the session is over or they are done.
 func (w *world) work() error {
-	var clients sync.WaitGroup
-	for i := range w.cfg.Clients {
+	clients := make([]*client, w.cfg.Clients)
+	for i := range clients {
 		dev, err := w.session.Device(i)
+		if w.over() {
+			return w.failed // dead before it was used
+		}
 		if err != nil {
 			return err
 		}
-		c := &client{w: w, id: i, dev: dev, rng: rand.New(rand.NewPCG(w.rng.Uint64(), uint64(i)))}
-		if w.cfg.Clients == 1 {
-			c.run()
-			break
-		}
-		clients.Go(c.run)
+		clients[i] = &client{w: w, id: i, dev: dev, rng: rand.New(rand.NewPCG(w.rng.Uint64(), uint64(i)))}
 	}
-	clients.Wait()
+	if len(clients) == 1 {
+		clients[0].run()
+		return w.failed
+	}
+	var all sync.WaitGroup
+	for _, c := range clients {
+		all.Go(c.run)
+	}
+	all.Wait()
 	return w.failed
 }
 
@@ -238,7 +248,6 @@ func (w *world) plan() {
 	if w.cfg.Faults && w.rng.IntN(2) == 0 {
 		w.fault = 1 + w.rng.IntN(30)
 	}
-	w.file.SetSpace(0)
 	if w.rng.IntN(5) == 0 {
 		w.full = true
 		w.stats.FullDisks++
@@ -297,6 +306,9 @@ func (w *world) violated(err error) {
 // die ends the session in the middle of what it does.
 func (w *world) die(d Death) {
 	w.note("%v", d)
+	if d == Process {
+		w.stats.Kills++
+	}
 	w.dead = w.cut(d, true)
 	w.oracle.Die()
 }
@@ -306,9 +318,10 @@ func (w *world) die(d Death) {
 func (w *world) cut(d Death, real bool) *after {
 	a := &after{cut: d, rule: d}
 	if d == Power {
-		a.file, a.mem = w.file.Crash(w.rng), w.cfg.Host.NewMemory()
+		a.file, a.mem = w.file.Crash(w.rng), NewMemory()
 		if real {
 			w.file.Kill(nil)
+			a.mem = w.cfg.Host.NewMemory()
 		}
 		return a
 	}
@@ -327,7 +340,10 @@ func (w *world) cut(d Death, real bool) *after {
 		}
 	}
 	if !w.broken && w.rng.IntN(4) == 0 { // the memory is lost, or could not be had
-		a.mem, a.rule = w.cfg.Host.NewMemory(), Power
+		a.mem, a.rule = NewMemory(), Power
+		if real {
+			a.mem = w.cfg.Host.NewMemory()
+		}
 	}
 	return a
 }

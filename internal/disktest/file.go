@@ -201,6 +201,9 @@ func (f *File) Sync() error {
 func (f *File) SyncWrite(off, n int64) bool {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if f.closed {
+		return false
+	}
 	var op uint64 // that the looked at changes belong to
 	var end int64
 	for i := len(f.pending) - 1; i >= 0; i-- {

@@ -1,0 +1,67 @@
+package crash
+
+import (
+	"fmt"
+	"os"
+	"testing"
+	"time"
+
+	"github.com/cowdev/cowdev/internal/crash"
+	"github.com/cowdev/cowdev/internal/disktest"
+)
+
+// TestWalks makes random walks on the real program: every operation on its
+// store's file is seen, and crash states are made of it, as in internal/crash.
+// Its deaths by kill -9 are real ones.
+func TestWalks(t *testing.T) {
+	m := newMount(t)
+	walks, limit := uint64(8), 3*time.Second
+	if long() {
+		walks, limit = 1<<62, campaignTime(t)/4
+	}
+	for _, mode := range []crash.Config{
+		{Clients: 1},
+		{Clients: 3},
+		// A write that fails leaves its bytes in FUSE's page cache, which no
+		// disk's filesystem does.
+		{Clients: 1, Faults: true, Spared: []disktest.Kind{disktest.Write}},
+	} {
+		t.Run(fmt.Sprintf("clients=%d,faults=%v", mode.Clients, mode.Faults), func(t *testing.T) {
+			var sum crash.Stats
+			begin := time.Now()
+			for n := uint64(1); n <= walks && time.Since(begin) < limit; n++ {
+				mode.Seed = firstSeed() + n
+				mode.Host = newProgramHost(t, m)
+				stats, err := crash.Walk(mode)
+				sum.Add(stats)
+				if err != nil {
+					t.Fatalf("%v", err)
+				}
+			}
+			t.Logf("%v in %.1fs", sum, time.Since(begin).Seconds())
+		})
+	}
+}
+
+// long reports whether this is a campaign.
+func long() bool { return os.Getenv("COWDEV_LONG") != "" }
+
+// campaignTime is how long a campaign lasts in all.
+func campaignTime(t *testing.T) time.Duration {
+	s := os.Getenv("COWDEV_CRASH_SECONDS")
+	if s == "" {
+		return time.Hour
+	}
+	d, err := time.ParseDuration(s + "s")
+	if err != nil {
+		t.Fatalf("COWDEV_CRASH_SECONDS: %v", err)
+	}
+	return d
+}
+
+func firstSeed() uint64 {
+	if long() {
+		return uint64(time.Now().UnixMicro())
+	}
+	return 0
+}
