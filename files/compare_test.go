@@ -12,6 +12,7 @@ import (
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"time"
@@ -52,12 +53,45 @@ func TestCompare(t *testing.T) {
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			rng := newRand(t)
-			p := makePair(t, rng, 48<<20, 300, 120, c.unclean, c.mkfs...)
-			flat := compareBothWays(t, p, true)
-			compareBothWays(t, p, false)
-			compareRsync(t, p, flat)
-			checkLayer(t, p, flat)
+			checkPair(t, makePair(t, rng, 48<<20, 300, 120, c.unclean, c.mkfs...))
 		})
+	}
+}
+
+// checkPair compares a pair in every way there is.
+func checkPair(t *testing.T, p pairOf) {
+	t.Helper()
+	flat := compareBothWays(t, p, true)
+	compareBothWays(t, p, false)
+	compareRsync(t, p, flat)
+	checkLayer(t, p, flat)
+}
+
+// TestCompareLong does as TestCompare with random features, sizes and numbers,
+// COWDEV_LONG times.
+func TestCompareLong(t *testing.T) {
+	rounds, _ := strconv.Atoi(os.Getenv("COWDEV_LONG"))
+	if rounds == 0 {
+		t.Skip("COWDEV_LONG=ROUNDS runs it")
+	}
+	for range rounds {
+		rng := newRand(t)
+		args := []string{"-t", []string{"ext2", "ext3", "ext4", "ext4", "ext4"}[rng.IntN(5)], "-b", []string{"1024", "2048", "4096"}[rng.IntN(3)]}
+		if args[1] == "ext4" {
+			features := []string{"inline_data", "ea_inode", "metadata_csum_seed", "orphan_file", "fast_commit", "meta_bg,^resize_inode", "^has_journal", "^metadata_csum", "^64bit", "^extent,^64bit", "bigalloc", "sparse_super2", "large_dir", "^flex_bg", "^dir_index"}
+			rng.Shuffle(len(features), func(i, j int) { features[i], features[j] = features[j], features[i] })
+			args = append(args, "-O", strings.Join(features[:rng.IntN(4)], ","), "-I", []string{"128", "256", "512"}[rng.IntN(3)])
+		}
+		if out, err := command("mke2fs", append(args, "-q", "-F", blank(t, 48<<20))...); err != nil {
+			t.Logf("not possible: mke2fs %v: %s", args, out)
+			continue
+		}
+		unclean := rng.IntN(2) == 0
+		t.Logf("mke2fs %v, unclean %v", args, unclean)
+		checkPair(t, makePair(t, rng, 48<<20, 50+rng.IntN(800), 1+rng.IntN(400), unclean, args...))
+		if t.Failed() {
+			return
+		}
 	}
 }
 
