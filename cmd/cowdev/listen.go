@@ -58,7 +58,11 @@ func listenAll(lc listenConfig) ([]listener, error) {
 		ls = append(ls, listener{l, lc.unixURI(path), lc.hint("-unix " + shellWord(path))})
 	}
 	for _, addr := range lc.tcp {
-		l, err := net.ListenTCP("tcp", addr)
+		network := "tcp"
+		if addr.IP.To4() != nil {
+			network = "tcp4" // 0.0.0.0 is not every address of IPv6 too
+		}
+		l, err := net.ListenTCP(network, addr)
 		if err != nil {
 			return fail(fmt.Errorf("listen on %s: %w", addr, bareError(err)))
 		}

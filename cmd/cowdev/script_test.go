@@ -51,7 +51,7 @@ func TestScripts(t *testing.T) {
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"image": scriptImage, "poke": scriptPoke, "refuse": scriptRefuse, "status": scriptStatus,
 			"ready": scriptReady, "nbd": scriptNBD, "same": scriptSame,
-			"loop": scriptLoop, "mount": scriptMount,
+			"loop": scriptLoop, "mount": scriptMount, "taken": scriptTaken, "certs": scriptCerts,
 		},
 		Setup: func(env *testscript.Env) error {
 			env.Values["t"] = env.T()

@@ -4,13 +4,24 @@ package main
 //
 //	loop FILE NAME     attach FILE to a loop device and put its path into $NAME
 //	mount ARGS... DIR  mount, until the script ends
+//	taken NAME         listen on a TCP port, and put the address into $NAME
+//	certs DIR          make DIR with a server's certificate and key
 //
-// Both skip the script, by name, where this machine cannot do it.
+// The first two skip the script, by name, where this machine cannot do it.
 
 import (
 	"context"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rand"
+	"crypto/x509"
+	"crypto/x509/pkix"
+	"encoding/pem"
+	"math/big"
+	"net"
 	"os"
 	"os/exec"
+	"path/filepath"
 	"strings"
 	"time"
 
@@ -71,4 +82,37 @@ func scriptMount(ts *testscript.TestScript, neg bool, args []string) {
 			ts.Logf("umount %s: %v: %s", dir, err, out)
 		}
 	})
+}
+
+// scriptTaken listens on a port, until the script ends, and puts the address
+// into $NAME.
+func scriptTaken(ts *testscript.TestScript, neg bool, args []string) {
+	scriptUsage(ts, !neg && len(args) == 1, "taken NAME")
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	ts.Check(err)
+	ts.Defer(func() { l.Close() })
+	ts.Setenv(args[0], l.Addr().String())
+}
+
+// scriptCerts makes a directory with a self-signed server certificate.
+func scriptCerts(ts *testscript.TestScript, neg bool, args []string) {
+	scriptUsage(ts, !neg && len(args) == 1, "certs DIR")
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	ts.Check(err)
+	cert := &x509.Certificate{
+		SerialNumber: big.NewInt(1), Subject: pkix.Name{CommonName: "localhost"}, DNSNames: []string{"localhost"},
+		NotBefore: time.Now().Add(-time.Hour), NotAfter: time.Now().Add(time.Hour),
+	}
+	certDER, err := x509.CreateCertificate(rand.Reader, cert, cert, key.Public(), key)
+	ts.Check(err)
+	keyDER, err := x509.MarshalPKCS8PrivateKey(key)
+	ts.Check(err)
+	dir := ts.MkAbs(args[0])
+	ts.Check(os.MkdirAll(dir, 0o700))
+	for name, block := range map[string]*pem.Block{
+		"server-cert.pem": {Type: "CERTIFICATE", Bytes: certDER},
+		"server-key.pem":  {Type: "PRIVATE KEY", Bytes: keyDER},
+	} {
+		ts.Check(os.WriteFile(filepath.Join(dir, name), pem.EncodeToMemory(block), 0o600))
+	}
 }
