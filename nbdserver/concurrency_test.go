@@ -3,11 +3,13 @@ package nbdserver_test
 import (
 	"bytes"
 	"context"
+	"errors"
 	"io"
 	"net"
 	"os"
 	"strings"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -314,32 +316,56 @@ func TestStalledClient(t *testing.T) {
 func TestIdleTimeout(t *testing.T) {
 	dev, begun, release := slowDevice("read")
 	dev.cold = func(off, _ int64) bool { return off < 1<<20 }
-	r := serve(t, nbdserver.Config{Exports: []nbdserver.Export{{Device: dev}}, IdleTimeout: 200 * time.Millisecond})
-	c, waiting := r.dial(simple), r.dial(simple)
-	_, err := waiting.Request(req{Type: nbd.CmdRead, Length: 512})
-	check(t, err)
-	await(t, "the read to begin", begun)
-	expectEnd(t, c) // and the other is not idle: it waits for us
+	r := serve(t, nbdserver.Config{Exports: []nbdserver.Export{{Device: dev}}, IdleTimeout: time.Second})
+	idle := r.dial(simple)
+	waiting := dialAndRead(t, r, begun)
+	expectEnd(t, idle) // and not the other, which waits for us
 	release <- struct{}{}
-	_, err = waiting.Receive()
+	_, err := waiting.Receive()
 	check(t, err)
 	expectEnd(t, waiting)
+}
+
+// dialAndRead returns a client whose read has begun, although the server may
+// take a slow one for idle.
+func dialAndRead(t *testing.T, r *rig, begun <-chan struct{}) *nbdclient.Client {
+	t.Helper()
+	for range 10 {
+		nc, err := net.Dial("unix", r.socket)
+		check(t, err)
+		t.Cleanup(func() { nc.Close() })
+		c, err := nbdclient.Greet(nc)
+		if err != nil || c.Go("") != nil {
+			continue
+		}
+		if _, err := c.Request(req{Type: nbd.CmdRead, Length: 512}); err != nil {
+			continue
+		}
+		select {
+		case <-begun:
+			return c
+		case <-time.After(10 * time.Second):
+		}
+	}
+	t.Fatal("no read began in ten connections")
+	return nil
 }
 
 func TestHandshakeTimeout(t *testing.T) {
 	r := serve(t, nbdserver.Config{
 		Exports:          []nbdserver.Export{{Device: newMemDevice(testSize)}},
-		HandshakeTimeout: 200 * time.Millisecond,
+		HandshakeTimeout: 300 * time.Millisecond,
 	})
-	silent, slow := r.greet(), r.greet()
-	check(t, slow.Send(nbdclient.Uint64(nbd.OptionMagic), []byte{0, 0}))
-	mute, err := net.Dial("unix", r.socket)
-	check(t, err)
-	defer mute.Close()
-	io.ReadFull(mute, make([]byte, 18))
-	expectEnd(t, silent)
-	expectEnd(t, slow)
-	expectEnd(t, nbdclient.Raw(mute))
+	for _, sent := range []string{"", "\x00\x00\x00\x03", "\x00\x00\x00\x03IHAVE"} {
+		nc, err := net.Dial("unix", r.socket)
+		check(t, err)
+		io.WriteString(nc, sent)
+		nc.SetReadDeadline(time.Now().Add(patience))
+		if _, err := io.Copy(io.Discard, nc); err != nil && !errors.Is(err, syscall.ECONNRESET) {
+			t.Errorf("after %q: %v, expected the server to close the connection", sent, err)
+		}
+		nc.Close()
+	}
 	eventually(t, "the failed handshakes are counted", func() bool { return r.srv.Stats().HandshakesFailed == 3 })
 }
 

@@ -18,7 +18,10 @@ import (
 // fuzzServe gives input to a connection and returns what comes back. The
 // server has to end the connection after the input's end, within patience.
 func fuzzServe(t *testing.T, serve func(*nbdserver.Server, net.Conn) error, input []byte) []byte {
-	srv, err := nbdserver.New(nbdserver.Config{Exports: []nbdserver.Export{{Name: "disk", Device: newMemDevice(1 << 16)}}})
+	srv, err := nbdserver.New(nbdserver.Config{
+		Exports:          []nbdserver.Export{{Name: "disk", Device: newMemDevice(1 << 16)}},
+		HandshakeTimeout: patience,
+	})
 	check(t, err)
 	client, server := socketpair(t)
 	ended := make(chan struct{})

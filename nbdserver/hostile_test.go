@@ -32,7 +32,7 @@ const victimEnv = "NBDSERVER_VICTIM"
 // says what it holds.
 func victim() {
 	dev := newMemDevice(testSize)
-	srv, err := nbdserver.New(nbdserver.Config{Exports: []nbdserver.Export{{Device: dev}}})
+	srv, err := nbdserver.New(nbdserver.Config{Exports: []nbdserver.Export{{Device: dev}}, HandshakeTimeout: patience})
 	if err != nil {
 		panic(err)
 	}

@@ -20,7 +20,7 @@ import (
 const testSize = 4 << 20
 
 // patience is how long a test waits for what must happen.
-const patience = 60 * time.Second
+const patience = 2 * time.Minute
 
 // A rig is a server on a unix socket.
 type rig struct {
@@ -36,6 +36,9 @@ type rig struct {
 func serve(t testing.TB, cfg nbdserver.Config) *rig {
 	t.Helper()
 	r := &rig{t: t}
+	if cfg.HandshakeTimeout == 0 {
+		cfg.HandshakeTimeout = patience // the default is short for a machine that stalls
+	}
 	cfg.ErrorLog = func(format string, args ...any) {
 		r.mu.Lock()
 		defer r.mu.Unlock()

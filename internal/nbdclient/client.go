@@ -18,7 +18,7 @@ import (
 )
 
 // Timeout is how long the client waits for anything.
-const Timeout = 60 * time.Second
+const Timeout = 2 * time.Minute
 
 // A Client is a connection to an NBD server. Structured and Extended say how
 // the transmission phase is spoken; the options set them, and a test may.
