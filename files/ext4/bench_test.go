@@ -86,3 +86,21 @@ func BenchmarkInodes(b *testing.B) {
 		}
 	}
 }
+
+// BenchmarkOwners asks for the owners of a whole image of 100 GiB, most of it
+// free.
+func BenchmarkOwners(b *testing.B) {
+	const size = 100 << 30
+	tree := b.TempDir()
+	for i := range 300 {
+		if err := os.WriteFile(filepath.Join(tree, fmt.Sprint(i)), make([]byte, 1000), 0o644); err != nil {
+			b.Fatal(err)
+		}
+	}
+	fs := openImage(b, makeImage(b, size, "-t", "ext4", "-d", tree))
+	for b.Loop() {
+		if _, err := fs.Owners([]ext4.Range{{Off: 0, N: size}}, nil); err != nil {
+			b.Fatal(err)
+		}
+	}
+}

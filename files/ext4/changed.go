@@ -34,7 +34,7 @@ func Changed(old, updated *FS, ranges []Range) ([]uint32, error) {
 	if err := changedInTables(old, updated, ranges, set); err != nil {
 		return nil, err
 	}
-	if err := updated.changedElsewhere(ranges, set); err != nil {
+	if err := changedElsewhere(old, updated, ranges, set); err != nil {
 		return nil, err
 	}
 	var out []uint32
@@ -193,10 +193,10 @@ func changedInTable(old, updated *FS, m metaRange, r Range, set map[uint32]bool)
 
 // changedElsewhere adds to set the inodes that own blocks in the ranges. Those
 // that are in it already are asked first; mostly they explain everything. Only
-// this side is searched: an inode that is the same in both tables has the same
-// root of its block map here and there.
-func (f *FS) changedElsewhere(ranges []Range, set map[uint32]bool) error {
-	c, err := f.newClaims(ranges)
+// the updated side is searched: an inode that is the same in both tables has
+// the same root of its block map here and there.
+func changedElsewhere(old, updated *FS, ranges []Range, set map[uint32]bool) error {
+	c, err := updated.newClaims(ranges)
 	if err != nil {
 		return err
 	}
@@ -204,10 +204,45 @@ func (f *FS) changedElsewhere(ranges []Range, set map[uint32]bool) error {
 	if err := c.search(hints); err != nil {
 		return err
 	}
+	shared := map[uint64]bool{}
 	for _, cl := range c.found {
-		if cl.ino != 0 {
-			set[cl.ino] = true
+		if cl.ino == 0 {
+			continue
+		}
+		set[cl.ino] = true
+		for b := cl.first; cl.kind == KindXattr && b < cl.first+cl.n; b++ {
+			if sharedAndChanged(old, updated, b) {
+				shared[b] = true
+			}
+		}
+	}
+	if len(shared) == 0 {
+		return nil
+	}
+	for n, err := range updated.Inodes() {
+		if err != nil {
+			return err
+		}
+		if shared[n.xattrBlock] {
+			set[n.Ino] = true
 		}
 	}
 	return nil
+}
+
+// sharedAndChanged reports whether b is an attribute block of several inodes
+// whose attributes changed, and not only the number of those that share it. It
+// is rare: the kernel does not change a block while it is shared.
+func sharedAndChanged(old, updated *FS, b uint64) bool {
+	const refsAt, sumAt = 4, 0x10
+	p, errOld := old.src.block(b)
+	q, errNew := updated.src.block(b)
+	if errOld != nil || errNew != nil {
+		return true
+	}
+	if le.Uint32(q) != xattrMagic || le.Uint32(q[refsAt:]) < 2 {
+		return false
+	}
+	return !bytes.Equal(p[:refsAt], q[:refsAt]) || !bytes.Equal(p[refsAt+4:sumAt], q[refsAt+4:sumAt]) ||
+		!bytes.Equal(p[sumAt+4:], q[sumAt+4:])
 }

@@ -176,31 +176,39 @@ func (sb *super) wholeClusters(cl claim) claim {
 func (c *claims) takeFree() error {
 	sb := c.fs.sb
 	for _, w := range c.wanted {
-		for b := max(w.first, sb.firstDataBlock); b < w.first+w.n; {
+		for b, end := max(w.first, sb.firstDataBlock), w.first+w.n; b < end; {
 			g := sb.groupOf(b)
 			bitmap, err := c.fs.blockBitmap(g)
 			if err != nil {
 				return err
 			}
-			first := sb.firstBlock(g)
-			for end := min(w.first+w.n, first+sb.groupBlocks(g)); b < end; {
-				from := b
-				for b < end && !bit(bitmap, (b-first)>>sb.clusterBits) && !c.fs.fc.usesBlock(b) {
-					b++
-				}
-				if b > from {
-					c.take(claim{first: from, n: b - from, kind: KindFree})
-				} else {
-					b++
-				}
-			}
+			groupEnd := min(end, sb.firstBlock(g)+sb.groupBlocks(g))
+			c.takeFreeIn(bitmap, sb.firstBlock(g), b, groupEnd)
+			b = groupEnd
 		}
 	}
 	return nil
 }
 
+// takeFreeIn takes the free ones of the blocks from b to end, in a group with
+// the given bitmap and first block.
+func (c *claims) takeFreeIn(bitmap []byte, first, b, end uint64) {
+	free := func(b uint64) bool {
+		return !bit(bitmap, (b-first)>>c.fs.sb.clusterBits) && !c.fs.fc.usesBlock(b)
+	}
+	for ; b < end; b++ {
+		from := b
+		for b < end && free(b) {
+			b++
+		}
+		if b > from {
+			c.take(claim{first: from, n: b - from, kind: KindFree})
+		}
+	}
+}
+
 // take gives to a claim those of its blocks that are wanted and not taken.
-func (c *claims) take(cl claim) (took bool) {
+func (c *claims) take(cl claim) {
 	i := sort.Search(len(c.wanted), func(i int) bool { return c.wanted[i].first+c.wanted[i].n > cl.first })
 	for ; i < len(c.wanted) && c.wanted[i].first < cl.first+cl.n; i++ {
 		w := c.wanted[i]
@@ -212,16 +220,8 @@ func (c *claims) take(cl claim) (took bool) {
 			c.taken[at/64] |= 1 << (at % 64)
 			c.left--
 			c.found = appendClaim(c.found, claim{first: b, n: 1, kind: cl.kind, ino: cl.ino, logical: cl.logical + b - cl.first})
-			took = true
 		}
 	}
-	return took
-}
-
-// wants reports whether a block is wanted, taken or not.
-func (c *claims) wants(b uint64) bool {
-	i := sort.Search(len(c.wanted), func(i int) bool { return c.wanted[i].first+c.wanted[i].n > b })
-	return i < len(c.wanted) && c.wanted[i].first <= b
 }
 
 // appendClaim appends cl, joined to the last where it continues it.
@@ -242,31 +242,31 @@ func (k Kind) inFile() bool { return k >= KindData && k <= KindSymlink }
 
 // search asks inodes until no wanted block is left.
 func (c *claims) search(hints []uint32) error {
-	for _, ino := range append(hints, c.fs.fc.touched()...) {
+	for _, ino := range slices.Concat(hints, c.fs.fc.touched()) {
 		n, err := c.fs.Inode(ino)
 		if isNotExist(err) {
 			continue
 		}
-		if err != nil {
-			return err
+		if err == nil {
+			err = c.inode(n)
 		}
-		if _, err := c.inode(n); err != nil {
+		if err != nil {
 			return err
 		}
 	}
 	for _, ino := range []uint32{journalIno, resizeIno, badBlocksIno} {
-		if c.left > 0 {
-			if err := c.special(ino); err != nil {
-				return err
-			}
+		if err := c.special(ino); err != nil {
+			return err
 		}
 	}
-	_, err := c.scan(false)
-	return err
+	return c.scan()
 }
 
 // special asks an inode that no directory names and that may be unused.
 func (c *claims) special(ino uint32) error {
+	if c.left == 0 {
+		return nil
+	}
 	raw, err := c.fs.rawInode(ino)
 	if err != nil {
 		return err
@@ -275,32 +275,29 @@ func (c *claims) special(ino uint32) error {
 	if err != nil {
 		return err
 	}
-	_, err = c.inode(n)
-	return err
+	return c.inode(n)
 }
 
 // scan asks all inodes, those near the wanted blocks first, until no block is
-// left, or to the end if all is set. It returns those that took a block or
-// share one.
-func (c *claims) scan(all bool) (takers []uint32, err error) {
+// left.
+func (c *claims) scan() error {
 	for _, g := range c.groups() {
+		if c.left == 0 {
+			return nil
+		}
 		for n, err := range c.fs.groupInodes(g) {
-			if c.left == 0 && !all {
-				return takers, nil
+			if err == nil {
+				err = c.inode(n)
 			}
 			if err != nil {
-				return nil, err
+				return err
 			}
-			took, err := c.inode(n)
-			if err != nil {
-				return nil, err
-			}
-			if took {
-				takers = append(takers, n.Ino)
+			if c.left == 0 {
+				return nil
 			}
 		}
 	}
-	return takers, nil
+	return nil
 }
 
 // groups returns all block groups, those that wanted blocks lie in first.
@@ -328,31 +325,24 @@ func (c *claims) groups() []uint64 {
 	return out
 }
 
-// inode gives to an inode what it claims, and reports whether it has any
-// wanted block that nobody had, or wanted attributes.
-func (c *claims) inode(n *Inode) (took bool, err error) {
+// inode gives to an inode what it claims.
+func (c *claims) inode(n *Inode) error {
+	sb := c.fs.sb
 	data, node := c.fs.kinds(n)
-	err = n.walkMap(func(r run) error {
-		if err := c.pass(); err != nil {
-			return err
-		}
-		took = c.take(c.fs.sb.wholeClusters(claim{first: r.phys, n: r.n, kind: data, ino: n.Ino, logical: r.logical})) || took
-		return nil
+	err := n.walkMap(func(r run) error {
+		c.take(sb.wholeClusters(claim{first: r.phys, n: r.n, kind: data, ino: n.Ino, logical: r.logical}))
+		return c.pass()
 	}, func(b uint64) error {
-		if err := c.pass(); err != nil {
-			return err
-		}
-		took = c.take(c.fs.sb.wholeClusters(claim{first: b, n: 1, kind: node, ino: n.Ino})) || took
-		return nil
+		c.take(sb.wholeClusters(claim{first: b, n: 1, kind: node, ino: n.Ino}))
+		return c.pass()
 	})
 	if err != nil {
-		return false, fmt.Errorf("inode %d: %w", n.Ino, err)
+		return fmt.Errorf("inode %d: %w", n.Ino, err)
 	}
-	if b := n.xattrBlock; b != 0 && c.wants(b) {
-		c.take(c.fs.sb.wholeClusters(claim{first: b, n: 1, kind: KindXattr, ino: n.Ino}))
-		took = true
+	if b := n.xattrBlock; sb.validRun(b, 1) {
+		c.take(sb.wholeClusters(claim{first: b, n: 1, kind: KindXattr, ino: n.Ino}))
 	}
-	return took, nil
+	return nil
 }
 
 // pass counts a run or a block of a map. A sound file system has no more of

@@ -15,6 +15,7 @@ import (
 	"testing"
 
 	"github.com/cowdev/cowdev/files/ext4"
+	"golang.org/x/sys/unix"
 )
 
 // TestOwners asks for the owners of a whole image: every allocated block has
@@ -247,5 +248,51 @@ func TestChangedBehindTheInode(t *testing.T) {
 	other := openImage(t, makeImage(t, 16<<20, "-t", "ext4"))
 	if _, err := ext4.Changed(old, other, nil); !errors.Is(err, ext4.ErrDifferent) {
 		t.Errorf("changed from another file system: %v, expected %v", err, ext4.ErrDifferent)
+	}
+}
+
+// TestSharedAttributes changes the attribute block that two files share, and
+// gets both.
+func TestSharedAttributes(t *testing.T) {
+	needMount(t)
+	image := makeImage(t, 16<<20, "-t", "ext4", "-I", "128", "-O", "^metadata_csum")
+	dir, unmount := mount(t, image, "noatime")
+	p := newPopulator(t, dir, 7)
+	value := []byte("the value of both files")
+	for _, name := range []string{"a", "b"} {
+		p.must(os.WriteFile(filepath.Join(dir, name), nil, 0o644))
+		p.must(unix.Setxattr(filepath.Join(dir, name), "user.shared", value, 0))
+	}
+	unmount()
+	before, err := os.ReadFile(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := bytes.Index(before, value)
+	if at < 0 || bytes.Contains(before[at+1:], value) {
+		t.Skip("the kernel does not share attribute blocks")
+	}
+	after := slices.Clone(before)
+	after[at]++
+	old, err := ext4.Open(memory(before))
+	if err != nil {
+		t.Fatal(err)
+	}
+	updated, err := ext4.Open(memory(after))
+	if err != nil {
+		t.Fatal(err)
+	}
+	var want []uint32
+	for _, name := range []string{"a", "b"} {
+		n, err := old.Resolve(name, true)
+		if err != nil {
+			t.Fatal(err)
+		}
+		want = append(want, n.Ino)
+	}
+	slices.Sort(want)
+	inos, err := ext4.Changed(old, updated, []ext4.Range{{Off: int64(at), N: 1}})
+	if err != nil || !slices.Equal(inos, want) {
+		t.Errorf("changed are %v, %v; expected %v", inos, err, want)
 	}
 }
