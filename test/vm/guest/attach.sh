@@ -236,19 +236,19 @@ t_gone_for_good() {
 	rm -f $W/*
 }
 
-# Ten devices at once, and nothing of them afterwards.
-t_ten_devices() {
-	for i in $(seq 10); do truncate -s 16M $W/base$i.img; done
+# Many devices at once, and nothing of them afterwards.
+t_many_devices() {
+	for i in $(seq "$DEVICES"); do truncate -s 16M $W/base$i.img; done
 	for round in $(seq "$ATTACHES"); do
-		for i in $(seq 10); do
+		for i in $(seq "$DEVICES"); do
 			$C attach --detach --supervise=$([ $((i % 2)) = 0 ] && echo true || echo false) $W/base$i.img $W/cow$i.img > $W/dev$i 2> $W/err$i &
 		done
 		wait
-		same "devices" "$(cat $W/dev* | sort -u | wc -l)" 10
-		for i in $(seq 10); do
+		same "devices" "$(cat $W/dev* | sort -u | wc -l)" "$DEVICES"
+		for i in $(seq "$DEVICES"); do
 			dd if=/dev/urandom of="$(sed 's/ready: //' $W/dev$i)" bs=64k count=1 oflag=direct status=none
 		done
-		for i in $(seq 10); do $C detach $W/cow$i.img & done
+		for i in $(seq "$DEVICES"); do $C detach $W/cow$i.img & done
 		wait
 		no_leftovers
 	done
