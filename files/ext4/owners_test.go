@@ -255,7 +255,7 @@ func TestChangedBehindTheInode(t *testing.T) {
 // gets both.
 func TestSharedAttributes(t *testing.T) {
 	needMount(t)
-	image := makeImage(t, 16<<20, "-t", "ext4", "-I", "128", "-O", "^metadata_csum")
+	image := makeImage(t, 16<<20, "-t", "ext4", "-I", "128", "-O", "^metadata_csum,^has_journal")
 	dir, unmount := mount(t, image, "noatime")
 	p := newPopulator(t, dir, 7)
 	value := []byte("the value of both files")

@@ -116,12 +116,7 @@ func (f *FS) resolve(path string, follow bool) (*Inode, error) {
 		rest = rest[1:]
 		switch here := at[len(at)-1]; {
 		case !here.IsDir():
-			if name == "" && len(rest) == 0 {
-				return nil, ErrNotDir // "file/"
-			}
-			if name != "" {
-				return nil, ErrNotDir
-			}
+			return nil, ErrNotDir
 		case name == "" || name == ".":
 		case name == "..":
 			at = at[:max(1, len(at)-1)]
@@ -132,7 +127,7 @@ func (f *FS) resolve(path string, follow bool) (*Inode, error) {
 			if err != nil {
 				return nil, err
 			}
-			if !n.IsSymlink() || !follow && lastName(rest) {
+			if !n.IsSymlink() || !follow && len(rest) == 0 {
 				at = append(at, n)
 				continue
 			}
@@ -151,9 +146,6 @@ func (f *FS) resolve(path string, follow bool) (*Inode, error) {
 	}
 	return at[len(at)-1], nil
 }
-
-// lastName reports that nothing is left of a path.
-func lastName(rest []string) bool { return len(rest) == 0 }
 
 // child returns the inode that a name of a directory stands for.
 func (f *FS) child(dir *Inode, name string) (*Inode, error) {
