@@ -50,7 +50,7 @@ type conn struct {
 	in     input
 	out    output
 	b      *batch       // replies that have not been sent; nil if there are none
-	inside bool         // this goroutine has passed the gate of workers.inDevice
+	inside gate         // of the device, where this goroutine has a place; or nil
 	ending bool         // requests are answered with errShuttingDown
 	synced atomic.Int64 // nanoseconds that the last flush took
 
@@ -89,7 +89,7 @@ func (c *conn) run(serve func() error) error {
 		return ErrServerClosed
 	}
 	if err != io.EOF {
-		c.srv.cfg.ErrorLog("connection of %s: %v", c.peer, err)
+		c.srv.log.printf("connection of %s: %v", c.peer, err)
 	}
 	return err
 }
@@ -307,7 +307,7 @@ func (c *conn) failDevice(r *request, err error) {
 
 func (c *conn) logDevice(r *request, err error) {
 	if failureOf(r, err) != errNotFast {
-		c.srv.cfg.ErrorLog("export %q: %s of %d bytes at %d: %v", c.export.Name, commandName(r.kind), r.n, r.off, err)
+		c.srv.log.printf("export %q: %s of %d bytes at %d: %v", c.export.Name, commandName(r.kind), r.n, r.off, err)
 	}
 }
 
@@ -347,28 +347,30 @@ func (c *conn) sendError(err error) error {
 	return nil
 }
 
-// enter passes the gate that calls of the device which may block go through;
-// leave, which flush does, gives the place back.
+// enter passes the gate of calls of the device that may block; leave, which
+// flush does, gives the place back.
 func (c *conn) enter() error {
-	if c.inside {
+	if c.inside != nil {
 		return nil
 	}
-	select {
-	case c.srv.workers.inDevice <- struct{}{}:
-	default:
-		if err := c.flush(); err != nil {
+	g := c.srv.workers.inline
+	if c.mayBlock() {
+		g = c.srv.workers.parked
+	}
+	if !g.tryEnter() {
+		if err := c.flush(); err != nil { // replies do not wait for others' devices
 			return err
 		}
-		c.srv.workers.inDevice <- struct{}{}
+		g.enter()
 	}
-	c.inside = true
+	c.inside = g
 	return nil
 }
 
 func (c *conn) leave() {
-	if c.inside {
-		<-c.srv.workers.inDevice
-		c.inside = false
+	if c.inside != nil {
+		c.inside.leave()
+		c.inside = nil
 	}
 }
 

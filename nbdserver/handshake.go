@@ -209,7 +209,7 @@ func (h *handshake) startTLS(opt *option) error {
 	}
 	conf, err := srv.cfg.TLSConfig()
 	if err != nil {
-		srv.cfg.ErrorLog("TLS for %s: %v", h.c.peer, err)
+		srv.log.printf("TLS for %s: %v", h.c.peer, err)
 		return opt.fail(&refusal{nbd.RepErrPlatform, "the server's certificates cannot be used"})
 	}
 	if err := opt.ack(); err != nil {

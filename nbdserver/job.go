@@ -74,14 +74,14 @@ func (j *job) run() {
 	c.leavePlace(n)
 }
 
-// inDevice calls do past the gate for calls that may block.
+// inDevice calls do past the gate of calls that may block.
 func (j *job) inDevice(do func(d block.Device) error) error {
-	gate := j.c.srv.workers.inDevice
+	g := j.c.srv.workers.working
 	if j.c.mayBlock() {
-		gate = j.c.srv.workers.parked
+		g = j.c.srv.workers.parked
 	}
-	gate <- struct{}{}
-	defer func() { <-gate }()
+	g.enter()
+	defer g.leave()
 	return do(j.c.export.Device)
 }
 

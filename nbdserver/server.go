@@ -65,7 +65,8 @@ type Config struct {
 	AllowNets []netip.Prefix // of peers that Serve accepts on TCP; empty allows all
 
 	// ErrorLog is told, in one line each, what ended a connection early or
-	// failed in a device. Nil drops it. It is called by many goroutines.
+	// failed in a device, at most 20 times a second. Nil drops it. It is called
+	// by many goroutines.
 	ErrorLog func(format string, args ...any)
 }
 
@@ -92,6 +93,7 @@ type counters struct {
 // A Server serves exports to any number of connections.
 type Server struct {
 	cfg     Config
+	log     limitedLog
 	count   counters
 	workers workers
 
@@ -128,14 +130,12 @@ func New(cfg Config) (*Server, error) {
 	if cfg.HandshakeTimeout == 0 {
 		cfg.HandshakeTimeout = DefaultHandshakeTimeout
 	}
-	if cfg.ErrorLog == nil {
-		cfg.ErrorLog = func(string, ...any) {}
-	}
 	s := &Server{
 		cfg:       cfg,
 		listeners: make(map[net.Listener]struct{}),
 		conns:     make(map[*conn]struct{}),
 	}
+	s.log.to = cfg.ErrorLog
 	s.workers.init()
 	return s, nil
 }
@@ -157,7 +157,7 @@ func (s *Server) Serve(l net.Listener) error {
 		case s.isClosing():
 			return ErrServerClosed
 		case isPassing(err):
-			s.cfg.ErrorLog("accept on %v: %v; trying again", l.Addr(), err)
+			s.log.printf("accept on %v: %v; trying again", l.Addr(), err)
 			time.Sleep(50 * time.Millisecond)
 		default:
 			return fmt.Errorf("accept on %v: %w", l.Addr(), err)
@@ -185,7 +185,7 @@ func (s *Server) admit(nc net.Conn) {
 	}
 	if err != nil {
 		s.count.refused.Add(1)
-		s.cfg.ErrorLog("connection from %s refused: %v", peerName(nc), err)
+		s.log.printf("connection from %s refused: %v", peerName(nc), err)
 		nc.Close()
 		return
 	}

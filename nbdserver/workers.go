@@ -2,32 +2,56 @@ package nbdserver
 
 import "sync"
 
-// Limits of what runs at once in devices, over all connections. Go ends a
-// process of 10,000 threads, and a goroutine in a system call holds one.
+// maxIdle is how many worker goroutines wait for work.
+const maxIdle = 64
+
+// Limits of what may be blocked in system calls of devices at once, over all
+// connections: a goroutine there holds a thread, and Go ends a process that
+// needs 10,000.
 const (
-	maxInDevice = 512  // requests that may be blocked in a system call of a device
-	maxParked   = 4096 // requests to devices that say MayBlock: most of them wait without a thread
-	maxIdle     = 64   // worker goroutines that wait for work
+	maxInline  = 512  // on the goroutines of connections
+	maxWorking = 2048 // in workers
+	maxParked  = 4096 // in devices that say MayBlock: most of them wait without a thread
 )
 
-// workers are goroutines that run jobs, and the gates that every call that may
-// block in a device goes through.
+// A gate is what calls of devices that may block go through: a place for each
+// that may be inside at once. Those on connections' own goroutines, those of
+// workers and those that may be parked have gates of their own, so that a
+// device which hangs for one kind does not hold up the others.
+type gate chan struct{}
+
+func (g gate) enter() { g <- struct{}{} }
+
+func (g gate) leave() { <-g }
+
+// tryEnter is enter that reports whether there was a place, and does not wait.
+func (g gate) tryEnter() bool {
+	select {
+	case g <- struct{}{}:
+		return true
+	default:
+		return false
+	}
+}
+
+// workers are goroutines that run jobs, and the gates of the devices.
 type workers struct {
-	jobs     chan *job // has no room: a job is taken by a worker that waits
-	quit     chan struct{}
-	idle     chan struct{} // a token for each worker that waits
-	inDevice chan struct{}
-	parked   chan struct{}
-	running  sync.WaitGroup
-	closed   sync.Once
+	jobs    chan *job // has no room: a job is taken by a worker that waits
+	quit    chan struct{}
+	idle    gate // of the workers that wait
+	running sync.WaitGroup
+	closed  sync.Once
+
+	inline, working, parked gate
 }
 
 func (w *workers) init() {
 	w.jobs = make(chan *job)
 	w.quit = make(chan struct{})
-	w.idle = make(chan struct{}, maxIdle)
-	w.inDevice = make(chan struct{}, maxInDevice)
-	w.parked = make(chan struct{}, maxParked)
+	w.idle = make(gate, maxIdle)
+	w.inline = make(gate, maxInline)
+	w.working = make(gate, maxWorking)
+	w.parked = make(gate, maxParked)
 }
 
 // start runs j in a worker. It does not wait.
@@ -45,14 +69,12 @@ func (w *workers) work(j *job) {
 	defer w.running.Done()
 	for {
 		j.run()
-		select {
-		case w.idle <- struct{}{}:
-		default:
+		if !w.idle.tryEnter() {
 			return
 		}
 		select {
 		case j = <-w.jobs:
-			<-w.idle
+			w.idle.leave()
 		case <-w.quit:
 			return
 		}
