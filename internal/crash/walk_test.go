@@ -78,7 +78,7 @@ func plan(t *testing.T) campaign {
 	case testing.Short():
 		return campaign{1, 20, time.Second, 1}
 	}
-	return campaign{1, 150, 2 * time.Second, 2}
+	return campaign{1, 150, 1500 * time.Millisecond, 2}
 }
 
 // run walks seeds until enough is done or a violation is found.

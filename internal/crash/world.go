@@ -24,6 +24,15 @@ type Config struct {
 
 	// Spared are the kinds of operation that no fault is injected into.
 	Spared []disktest.Kind
+
+	first *fate // of the first session, nil for one that the seed decides
+}
+
+// A fate is what will happen to a session, which is closed in order otherwise.
+type fate struct {
+	left  int   // the phases of file operations until its death; 0 for none
+	death Death // how
+	fault int   // the number of the operation that fails; 0 for none
 }
 
 // Stats counts what a walk has done.
@@ -83,6 +92,7 @@ type world struct {
 	full    bool   // the disk of the session is a small one
 	faulted bool   // an operation of the session was made to fail
 	broken  bool   // and it was a sync
+	died    bool   // a fate came true
 	failed  error  // the first violation
 
 	traceMu sync.Mutex
@@ -103,14 +113,19 @@ type after struct {
 // its seed as far as the store does nothing in the background.
 func Walk(cfg Config) (Stats, error) {
 	w := newWorld(cfg)
+	err := w.walk()
+	return w.stats, err
+}
+
+func (w *world) walk() error {
 	err := w.create()
 	for n := 0; n < w.cfg.Sessions && err == nil; n++ {
 		err = w.oneSession()
 	}
 	if err != nil {
-		err = fmt.Errorf("seed %d: %w\n%s", cfg.Seed, err, w.history())
+		return fmt.Errorf("seed %d: %w\n%s", w.cfg.Seed, err, w.history())
 	}
-	return w.stats, err
+	return nil
 }
 
 func newWorld(cfg Config) *world {
@@ -199,7 +214,7 @@ func (w *world) oneSession() error {
 	defer w.session.Bury()
 	w.plan()
 	w.file.OnStep = w.step
-	if w.cfg.Faults {
+	if w.cfg.Faults || w.fault > 0 {
 		w.file.Inject = w.inject
 	}
 	if err := w.work(); err != nil {
@@ -253,8 +268,15 @@ func (w *world) plan() {
 		w.stats.FullDisks++
 		w.file.SetSpace(w.file.Allocated() + int64(w.rng.IntN(12))*4096)
 	}
+	if w.decided() {
+		f := w.cfg.first
+		w.left, w.death, w.fault = f.left, f.death, f.fault
+	}
 	w.note("open; adopted %v", w.session.Adopted())
 }
+
+// decided reports whether the session's fate is not a matter of chance.
+func (w *world) decided() bool { return w.cfg.first != nil && w.stats.Sessions == 1 }
 
 // step is told of every phase of every file operation of the session.
 func (w *world) step(op disktest.Op, phase disktest.Phase) {
@@ -270,6 +292,7 @@ func (w *world) step(op disktest.Op, phase disktest.Phase) {
 			}
 		}
 		if w.left--; w.left == 0 && w.failed == nil {
+			w.died = w.died || w.decided()
 			w.die(w.death)
 		}
 	})
@@ -364,8 +387,13 @@ func (w *world) probe() error {
 // end closes the store in order, unless the session has died or is to die now,
 // and finds out what the next session begins with.
 func (w *world) end() error {
-	if w.dead == nil && w.rng.IntN(2) == 0 {
+	if w.dead == nil && (w.decided() || w.rng.IntN(2) == 0) {
 		w.note("close")
+		w.oracle.While(func() {
+			if !w.decided() && w.rng.IntN(3) == 0 {
+				w.left = 1 + w.rng.IntN(60) // the death comes while it closes
+			}
+		})
 		flush := w.oracle.Flush()
 		err := w.session.Close()
 		w.note("close -> %v", err)
