@@ -44,8 +44,9 @@ type Options struct {
 	// answered ENOSPC; 0 not at all, negative for ever.
 	Park time.Duration
 
-	// View maps the store's file, for sessions; nil where it cannot be mapped.
-	// The device closes it.
+	// View maps the store's file, for sessions and, if it allows that, for
+	// overwriting stored blocks; nil where it cannot be mapped. The device
+	// closes it.
 	View *disk.Mapping
 
 	// Log is told what an operator should know; it may be nil.
@@ -83,6 +84,9 @@ func New(origin Origin, s *exception.Store, o Options) *Device {
 	d.buffers.New = func() any {
 		b := make([]byte, d.ChunkSize)
 		return &b
+	}
+	if o.View != nil {
+		s.OverwriteBy(o.View.Overwrite)
 	}
 	if d.opts.Log == nil {
 		d.opts.Log = func(string, ...any) {}

@@ -8,6 +8,11 @@ import (
 	"github.com/cowdev/cowdev/block"
 )
 
+// maxOverwrite is the longest write, in bytes, that is tried without a system
+// call; the first copy to a page costs a fault, and a longer one more of them
+// than one call would.
+const maxOverwrite = 16 << 10
+
 // Put writes p at off of chunk c, and makes the blocks it touches stored. The
 // caller holds the claim; a block that is not stored yet is written whole, to
 // its end or the device's.
@@ -36,6 +41,10 @@ func (s *Store) Put(c block.Chunk, off int, p []byte) error {
 		}
 	}
 	at := s.slotsOff + int64(slot-1)*int64(s.geo.ChunkSize) + int64(off)
+	if touched&^e.Stored() == 0 && s.overwrite != nil && len(p) <= maxOverwrite && s.overwrite(p, at) {
+		s.live.mark(c, touched)
+		return nil
+	}
 	if _, err := s.file.WriteAt(p, at); err != nil {
 		// What was overwritten before the error can be read, so it is durable
 		// after the next Flush, as all that is read.

@@ -1,0 +1,88 @@
+package cow_test
+
+// A device whose stored blocks are overwritten through a mapping of the
+// store's file, held against a plain slice of bytes: what is written is read,
+// flushed and found again like any other write.
+
+import (
+	"bytes"
+	"math/rand/v2"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/cow"
+	"github.com/cowdev/cowdev/exception"
+	"github.com/cowdev/cowdev/internal/disk"
+)
+
+func TestOverwriteByMapping(t *testing.T) {
+	const size, writes = 64 * 8192, 3000
+	path := filepath.Join(t.TempDir(), "store")
+	open := func(flags int) *disk.OS {
+		f, err := disk.OpenOS(path, flags)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	geo := block.Geometry{Size: size, ChunkSize: 8192}
+	f := open(os.O_RDWR | os.O_CREATE)
+	if err := exception.Create(f, exception.Params{Geometry: geo, LogSize: 64 << 10}); err != nil {
+		t.Fatal(err)
+	}
+	store, err := exception.Open(f, exception.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	m, err := disk.NewMapping(f.File(), 4*size)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := m.AllowOverwrite(); err != nil {
+		t.Fatal(err)
+	}
+	origin := make(base, size)
+	d := cow.New(origin, store, cow.Options{View: m})
+	want := make([]byte, size)
+	rng := rand.New(rand.NewPCG(1, 2))
+	for range writes {
+		n := 1 + rng.IntN(6000)
+		off := rng.IntN(size - n)
+		p := want[off : off+n]
+		for i := range p {
+			p[i] = byte(rng.Uint32())
+		}
+		if _, err := d.WriteAt(p, int64(off)); err != nil {
+			t.Fatal(err)
+		}
+		if rng.IntN(100) == 0 {
+			if err := d.Flush(); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	compare := func(when string, d *cow.Device) {
+		t.Helper()
+		got := make([]byte, size)
+		if _, err := d.ReadAt(got, 0); err != nil {
+			t.Fatal(err)
+		}
+		if !bytes.Equal(got, want) {
+			t.Fatalf("%s: other bytes than were written", when)
+		}
+	}
+	compare("open", d)
+	if err := d.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := store.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if store, err = exception.Open(open(os.O_RDWR), exception.Options{}); err != nil {
+		t.Fatal(err)
+	}
+	defer store.Close()
+	compare("opened again", cow.New(origin, store, cow.Options{}))
+}
