@@ -241,14 +241,14 @@ func (r *Relay) passReplies(back net.Conn) error {
 	in := bufio.NewReaderSize(back, 128<<10)
 	out := bufio.NewWriterSize(r.front, 128<<10)
 	var data []byte
+	head := make([]byte, replySize)
 	for {
 		if in.Buffered() < replySize {
 			if err := out.Flush(); err != nil {
 				return fmt.Errorf("%w: %w", errFront, err)
 			}
 		}
-		var head [replySize]byte
-		if _, err := io.ReadFull(in, head[:]); err != nil {
+		if _, err := io.ReadFull(in, head); err != nil {
 			return err
 		}
 		q, err := r.lookUp(head)
@@ -262,7 +262,7 @@ func (r *Relay) passReplies(back net.Conn) error {
 			}
 		}
 		r.drop(q)
-		out.Write(head[:])
+		out.Write(head)
 		if _, err := out.Write(data); err != nil {
 			return fmt.Errorf("%w: %w", errFront, err)
 		}
@@ -273,8 +273,8 @@ func (r *Relay) passReplies(back net.Conn) error {
 }
 
 // lookUp returns the request that a reply answers.
-func (r *Relay) lookUp(head [replySize]byte) (*request, error) {
-	if m := binary.BigEndian.Uint32(head[:]); m != replyMagic {
+func (r *Relay) lookUp(head []byte) (*request, error) {
+	if m := binary.BigEndian.Uint32(head); m != replyMagic {
 		return nil, fmt.Errorf("reply begins with %#x, expected %#x", m, replyMagic)
 	}
 	cookie := binary.BigEndian.Uint64(head[8:])

@@ -144,7 +144,7 @@ survive() {
 	mkfs_on "$1" /dev/nbd0
 	mount -t "$1" /dev/nbd0 /mnt
 	fio --name=v --directory=/mnt --size=24M --rw=randwrite --bs=4k --ioengine=psync --fsync=32 \
-		--verify=crc32c --verify_fatal=1 --do_verify=1 --loops=1000 --time_based --runtime=3600 > $W/fio.log 2>&1 &
+		--rate_iops=200 --verify=crc32c --verify_fatal=1 --do_verify=1 --loops=1000 --time_based --runtime=3600 > $W/fio.log 2>&1 &
 	fio=$!
 	records & records=$!
 	state=/run/cowdev/nbd0.json
@@ -184,6 +184,7 @@ records() {
 		n=$((n + 1))
 		echo $n | dd of=/mnt/records oflag=append conv=notrunc,fsync status=none || exit 1
 		echo $n > $W/synced
+		usleep 20000
 	done
 }
 server_is_not() { now=$(value server_pid $state); [ -n "$now" ] && [ "$now" != "$1" ]; }
