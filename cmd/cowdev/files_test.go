@@ -188,6 +188,14 @@ func testLookInto(t *testing.T, x *lookFixture) {
 	x.overlaid(t, x.server)
 	x.changed(t, "nbd+unix:///?socket="+x.server)
 	x.cowdev(t, exitLocked, "ls", "--cow", x.cow, x.base)
+
+	other := filepath.Join(x.dir, "other.img")
+	tool(t, "cp", x.base, other)
+	f, err := os.OpenFile(other, os.O_WRONLY, 0)
+	must(t, err)
+	_, err = f.WriteAt([]byte("another base"), 8192)
+	must(t, errors.Join(err, f.Close()))
+	x.cowdev(t, exitWrongBase, "why", other, x.server)
 }
 
 // overlaid looks at the changed files.

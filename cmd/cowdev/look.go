@@ -1,10 +1,13 @@
 package main
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
+	"slices"
 
 	"github.com/urfave/cli/v2"
 
@@ -86,12 +89,11 @@ func openPair(c *cli.Context, basePath, cowPath string) (*lookView, error) {
 			base.Close()
 			return nil, err
 		}
-		if base.Size() != server.Size() {
-			err := fmt.Errorf("%s serves %d bytes, %s has %d: %w", cowPath, server.Size(), basePath, base.Size(), image.ErrWrongBase)
-			return nil, errors.Join(err, server.Close(), base.Close())
-		}
 		v := &lookView{Reader: server, base: base, stored: server.Stored, live: true}
 		v.close = func() error { return errors.Join(server.Close(), base.Close()) }
+		if err := v.sameBase(basePath, cowPath); err != nil {
+			return nil, errors.Join(err, v.close())
+		}
 		return v.cut(c)
 	}
 	o, err := viewOptionsOf(c)
@@ -109,6 +111,56 @@ func openPair(c *cli.Context, basePath, cowPath string) (*lookView, error) {
 	v := &lookView{Reader: pair.device, base: pair.base, close: pair.Close}
 	v.stored = func() ([]block.Extent, error) { return storedExtents(pair.device) }
 	return v.cut(c)
+}
+
+// sameBase looks at some places that the server's overlay does not hold: there
+// the server must give the base's bytes. A difference counts when it is still
+// there after asking again what the overlay holds.
+func (v *lookView) sameBase(basePath, cowPath string) error {
+	if v.Size() != v.base.Size() {
+		return fmt.Errorf("%s serves %d bytes, %s has %d: %w", cowPath, v.Size(), basePath, v.base.Size(), image.ErrWrongBase)
+	}
+	for try := 0; ; try++ {
+		overlay, err := v.stored()
+		if err != nil {
+			return fmt.Errorf("%s: %w", cowPath, err)
+		}
+		off, err := v.strange(overlay)
+		if err != nil || off < 0 {
+			return err
+		}
+		if try == 2 {
+			return fmt.Errorf("%s: the server %s gives other bytes at %d, which its overlay does not hold: %w", basePath, cowPath, off, image.ErrWrongBase)
+		}
+	}
+}
+
+// strange returns a place outside the overlay where the view differs from the
+// base, or -1 when none was found.
+func (v *lookView) strange(overlay []block.Extent) (int64, error) {
+	const unit, spread, head = 4096, 64, 16
+	x, y := make([]byte, unit), make([]byte, unit)
+	for i := range int64(spread + head) {
+		off := i * unit // where superblocks lie
+		if i >= head {
+			off = v.Size() / spread * (i - head) / unit * unit
+		}
+		n := min(unit, v.Size()-off)
+		held := slices.ContainsFunc(overlay, func(e block.Extent) bool { return e.Off < off+n && off < e.End() })
+		if n <= 0 || held {
+			continue
+		}
+		if _, err := v.base.ReadAt(x[:n], off); err != nil && !errors.Is(err, io.EOF) {
+			return 0, err
+		}
+		if _, err := v.ReadAt(y[:n], off); err != nil && !errors.Is(err, io.EOF) {
+			return 0, err
+		}
+		if !bytes.Equal(x[:n], y[:n]) {
+			return off, nil
+		}
+	}
+	return -1, nil
 }
 
 func openBase(c *cli.Context, path string) (*image.Base, error) {
