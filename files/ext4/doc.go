@@ -35,6 +35,9 @@
 // blocks and the journal. What does not match is an error that wraps
 // ErrCorrupt and names the object; nothing is guessed.
 //
+// Not read are a journal on a device of its own when it is needed, copies of
+// the superblock when the first is damaged, and names by their casefolded form.
+//
 // # Changed files at the cost of the change
 //
 // Changed names the inodes that may differ between two file systems, one of
@@ -42,7 +45,9 @@
 // blocks of inode tables and asks whether the inodes found there explain the
 // other changed blocks; only when some block stays unexplained are further
 // inode tables read, nearest first. Names finds the names of inodes the same
-// way, and Owners tells what any range is used for.
+// way, DirPath the path of a directory, and Owners tells what any range is used
+// for. ChangedRanges says where the bytes shown may differ, which with a
+// journal to replay is not only where the image does.
 //
 // # Hostile images
 //

@@ -67,10 +67,10 @@ func TestKernelAgrees(t *testing.T) {
 		if !c.clean {
 			options += ",commit=300" // none of its own accord while a copy is taken
 		}
-		dir, unmount := mount(t, image, options)
+		dir, unmount := mountNew(t, image, options)
 		p := newPopulator(t, dir, 1)
 		p.special()
-		p.manyNames("many", 1500)
+		p.manyNames("many", 1000)
 		p.churn(300)
 		p.syncFS()
 		if !c.clean {
@@ -99,7 +99,7 @@ func TestKernelAgrees(t *testing.T) {
 func TestFastCommits(t *testing.T) {
 	needMount(t)
 	image := makeImage(t, 64<<20, "-t", "ext4", "-J", "size=16", "-O", "fast_commit")
-	dir, _ := mount(t, image, "noatime,commit=300")
+	dir, _ := mountNew(t, image, "noatime,commit=300")
 	p := newPopulator(t, dir, 3)
 	p.special()
 	p.churn(100)

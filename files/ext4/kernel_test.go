@@ -93,8 +93,29 @@ func makeImage(t testing.TB, size int64, mkfs ...string) string {
 // the function it returns is called.
 func mount(t testing.TB, image, options string) (dir string, unmount func()) {
 	t.Helper()
+	dir, unmount, err := tryMount(t, image, options)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return dir, unmount
+}
+
+// mountNew is mount for an image that mke2fs just made; it skips the test if
+// the kernel lacks one of its features.
+func mountNew(t testing.TB, image, options string) (dir string, unmount func()) {
+	t.Helper()
+	dir, unmount, err := tryMount(t, image, options)
+	if err != nil {
+		t.Skip("needs a kernel that mounts this: ", err)
+	}
+	return dir, unmount
+}
+
+func tryMount(t testing.TB, image, options string) (dir string, unmount func(), err error) {
 	dir = t.TempDir()
-	run(t, "mount", "-t", "ext4", "-o", "loop,"+options, image, dir)
+	if out, err := tryRun("mount", "-t", "ext4", "-o", "loop,"+options, image, dir); err != nil {
+		return "", nil, fmt.Errorf("mount -o %s: %w: %s", options, err, strings.TrimSpace(out))
+	}
 	unmount = sync.OnceFunc(func() {
 		out, err := tryRun("umount", dir)
 		if err != nil {
@@ -103,7 +124,7 @@ func mount(t testing.TB, image, options string) (dir string, unmount func()) {
 		}
 	})
 	t.Cleanup(unmount)
-	return dir, unmount
+	return dir, unmount, nil
 }
 
 // needMount skips the test where images cannot be mounted through loop

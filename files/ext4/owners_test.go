@@ -24,7 +24,7 @@ import (
 func TestOwners(t *testing.T) {
 	each(t, func(t *testing.T, c combination) {
 		image := makeImage(t, 64<<20, c.mkfs...)
-		dir, unmount := mount(t, image, "noatime,"+c.mount)
+		dir, unmount := mountNew(t, image, "noatime,"+c.mount)
 		p := newPopulator(t, dir, 4)
 		p.special()
 		p.churn(100)
@@ -39,6 +39,9 @@ func TestOwners(t *testing.T) {
 		sum := map[ext4.Kind]int64{}
 		for _, o := range owners {
 			sum[o.Kind] += o.N
+			if free, err := fs.Free(o.Off + o.N - 1); err != nil || free != (o.Kind == ext4.KindFree) {
+				t.Errorf("owner %+v, but free is %v, %v", o, free, err)
+			}
 		}
 		info := fs.Info()
 		if sum[ext4.KindFree] != info.Free {
@@ -151,7 +154,7 @@ func TestChanged(t *testing.T) {
 			t.Skip("cannot be copied while mounted")
 		}
 		image := makeImage(t, 64<<20, c.mkfs...)
-		dir, _ := mount(t, image, "noatime,commit=300,"+c.mount)
+		dir, _ := mountNew(t, image, "noatime,commit=300,"+c.mount)
 		p := newPopulator(t, dir, 5)
 		p.special()
 		p.churn(200)

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/cowdev/cowdev/files/ext4"
@@ -118,4 +119,28 @@ func compareWithTree(t *testing.T, f *ext4.FS, tree string) {
 	if err != nil {
 		t.Error(err)
 	}
+}
+
+// TestConcurrent asks one file system for everything from several goroutines
+// at once; it is for the race detector.
+func TestConcurrent(t *testing.T) {
+	image := smallImages(t)[0]
+	f, err := ext4.Open(image)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := f.Resolve("large", true)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	for range 4 {
+		wg.Go(func() {
+			askEverything(f, image.Size(), nil)
+			if p, err := io.ReadAll(n.Reader()); err != nil || !strings.HasPrefix(string(p), "largelarge") {
+				t.Errorf("read %d bytes, %v", len(p), err)
+			}
+		})
+	}
+	wg.Wait()
 }
