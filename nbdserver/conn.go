@@ -6,7 +6,6 @@ import (
 	"io"
 	"net"
 	"os"
-	"sync"
 	"sync/atomic"
 	"syscall"
 	"time"
@@ -23,13 +22,6 @@ const handshakeGrace = 500 * time.Millisecond
 // ends because of an error.
 const linger = 5 * time.Second
 
-// Limits of the requests of one connection that are in workers; the next one
-// waits, and with it what follows it. A single request may be over the bytes.
-const (
-	maxJobs     = 64
-	maxJobBytes = 2 << 20 // of their buffers
-)
-
 // A conn is one connection. Its goroutine reads requests and serves those that
 // cannot take long; the others go to workers.
 type conn struct {
@@ -43,7 +35,6 @@ type conn struct {
 	cut          atomic.Pointer[error] // why abort was called
 
 	session
-	size   int64
 	view   block.Session // nil where the device has none
 	done   func()        // view.Done
 	viewed bool          // view was asked since the last done
@@ -55,11 +46,7 @@ type conn struct {
 	synced atomic.Int64 // nanoseconds that the last flush took
 
 	count tally
-
-	mu    sync.Mutex
-	jobs  int // in workers
-	bytes int // of their buffers
-	freed sync.Cond
+	jobs  inFlight
 }
 
 // tally counts what has not been added to the server's counters yet.
@@ -67,7 +54,7 @@ type tally struct{ requests, errors, read, written uint64 }
 
 func newConn(s *Server, nc net.Conn) *conn {
 	c := &conn{srv: s, sock: nc, nc: nc, peer: peerName(nc)}
-	c.freed.L = &c.mu
+	c.jobs.init()
 	return c
 }
 
@@ -122,9 +109,8 @@ func (c *conn) setDeadline(t time.Time) {
 // ends it.
 func (c *conn) transmission(agreed session) error {
 	c.session = agreed
-	c.size = agreed.export.Device.Size()
 	raw := rawOf(c.nc)
-	c.in.init(c.nc, raw)
+	c.in.init(c.nc, raw, c.awaitByte)
 	c.out.init(c.nc, raw, c.srv.cfg.IdleTimeout)
 	defer c.in.release()
 	if dev, ok := agreed.export.Device.(block.Sessioner); ok {
@@ -140,7 +126,7 @@ func (c *conn) transmission(agreed session) error {
 	if err != errGoodbye && err != io.EOF && !c.ending {
 		c.sock.SetWriteDeadline(time.Now().Add(linger)) // replies of workers
 	}
-	c.wait()
+	c.jobs.wait()
 	return err
 }
 
@@ -178,12 +164,6 @@ func (c *conn) requests() error {
 // has arrived already, to be answered so, and then returns ErrServerClosed.
 func (c *conn) receive() error {
 	for {
-		if d := c.srv.cfg.IdleTimeout; d > 0 && !c.stopping.Load() {
-			c.sock.SetReadDeadline(time.Now().Add(d))
-			if c.stopping.Load() {
-				c.stop()
-			}
-		}
 		err := c.in.fill()
 		switch {
 		case err == nil:
@@ -198,11 +178,24 @@ func (c *conn) receive() error {
 			c.ending = true
 			c.in.readNow()
 			return nil
-		case c.busy():
+		case c.jobs.any():
 			continue
 		default:
 			return fmt.Errorf("no request for %v", c.srv.cfg.IdleTimeout)
 		}
+	}
+}
+
+// awaitByte is called before every wait for the client's next byte. It sets
+// the deadline for that, where there is one.
+func (c *conn) awaitByte() {
+	d := c.srv.cfg.IdleTimeout
+	if d <= 0 || c.stopping.Load() {
+		return
+	}
+	c.sock.SetReadDeadline(time.Now().Add(d))
+	if c.stopping.Load() { // since then: its deadline stands
+		c.stop()
 	}
 }
 
@@ -335,12 +328,16 @@ func (c *conn) flush() error {
 	return c.sendError(err)
 }
 
-// sendError returns what an error of out means for the connection.
+// sendError returns what an error of sending a batch means.
 func (c *conn) sendError(err error) error {
 	if errors.Is(err, syscall.EFAULT) {
 		c.srv.count.faults.Add(1)
 		return errors.New("a page of the base or the store could not be read after its reply had begun")
 	}
+	return replyError(err)
+}
+
+func replyError(err error) error {
 	if err != nil {
 		return fmt.Errorf("reply: %w", err)
 	}
@@ -384,66 +381,16 @@ func (c *conn) mayBlock() bool {
 // start gives j, which holds n bytes of buffers, to a worker, when the
 // connection has few enough there.
 func (c *conn) start(j *job, n int) error {
-	if !c.place(n) {
+	if !c.jobs.tryAdd(n) {
 		if err := c.flush(); err != nil {
 			j.free()
 			return err
 		}
-		c.awaitPlace(n)
+		c.jobs.add(n)
 	}
 	j.bytes = n
 	c.srv.workers.start(j)
 	return nil
-}
-
-// place takes a place for a job with n bytes if there is one.
-func (c *conn) place(n int) bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	if c.crowded(n) {
-		return false
-	}
-	c.jobs++
-	c.bytes += n
-	return true
-}
-
-func (c *conn) awaitPlace(n int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for c.crowded(n) {
-		c.freed.Wait()
-	}
-	c.jobs++
-	c.bytes += n
-}
-
-func (c *conn) crowded(n int) bool {
-	return c.jobs >= maxJobs || c.bytes > 0 && c.bytes+n > maxJobBytes
-}
-
-func (c *conn) leavePlace(n int) {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	c.jobs--
-	c.bytes -= n
-	c.freed.Signal()
-}
-
-// busy says that requests are in workers.
-func (c *conn) busy() bool {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.jobs > 0
-}
-
-// wait waits until no request is in a worker.
-func (c *conn) wait() {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	for c.jobs > 0 {
-		c.freed.Wait()
-	}
 }
 
 // addTo adds the counts to the server's and begins anew.

@@ -22,6 +22,8 @@ type input struct {
 	nc  net.Conn
 	raw syscall.RawConn // nil: read nc
 
+	beforeWait func() // is told of every wait
+
 	buf  *buffer // nil while idle
 	r, w int     // what has been received and not been taken is buf.b[r:w]
 
@@ -33,8 +35,8 @@ type input struct {
 	err        error                 // what it met
 }
 
-func (in *input) init(nc net.Conn, raw syscall.RawConn) {
-	in.nc, in.raw = nc, raw
+func (in *input) init(nc net.Conn, raw syscall.RawConn, beforeWait func()) {
+	in.nc, in.raw, in.beforeWait = nc, raw, beforeWait
 	in.readSocket = in.read
 	if raw == nil {
 		in.peek = make([]byte, peekSize)
@@ -60,6 +62,7 @@ func (in *input) take(n int) []byte {
 // fill waits for at least one more byte. At the end of the stream it returns
 // io.EOF.
 func (in *input) fill() error {
+	in.beforeWait()
 	if in.raw == nil {
 		return in.fillStream()
 	}

@@ -68,10 +68,10 @@ func (j *job) run() {
 		err = j.change(func(d block.Device) error { return zeroDevice(d, &j.req) })
 	}
 	j.free()
-	if err = c.sendError(err); err != nil {
-		c.abort(err)
+	if err != nil {
+		c.abort(replyError(err))
 	}
-	c.leavePlace(n)
+	c.jobs.remove(n)
 }
 
 // inDevice calls do past the gate of calls that may block.

@@ -13,6 +13,7 @@ import (
 	"time"
 
 	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/internal/nbd"
 	"github.com/cowdev/cowdev/internal/nbdclient"
 	"github.com/cowdev/cowdev/nbdserver"
 )
@@ -212,5 +213,51 @@ func compareWithModel(t *testing.T, c *nbdclient.Client, model []byte) {
 	got := make([]byte, size)
 	if _, err := c.ReadAt(got, 0); err != nil || !bytes.Equal(got, model) {
 		t.Fatalf("the device differs at the end (%v)", err)
+	}
+}
+
+// Many requests in one piece, some of which go to workers, are all answered
+// with the right bytes.
+func TestBatches(t *testing.T) {
+	for _, s := range styles {
+		t.Run(s.String(), func(t *testing.T) {
+			dev := newMemDevice(testSize)
+			dev.cold = func(off, _ int64) bool { return off>>16%3 == 0 }
+			dev.pieces = 4096
+			model := bytes.Clone(dev.data)
+			c := serveDevice(t, dev).dial(s)
+			seed := uint64(time.Now().UnixNano())
+			t.Logf("seed %d", seed)
+			rnd := rand.New(rand.NewPCG(seed, 0))
+			for range 20 {
+				readBatch(t, c, rnd, model)
+			}
+		})
+	}
+}
+
+// readBatch sends many reads at once and compares their replies with model.
+func readBatch(t *testing.T, c *nbdclient.Client, rnd *rand.Rand, model []byte) {
+	var batch []byte
+	asked := make(map[uint64]req)
+	for cookie := range uint64(100) {
+		r := req{Cookie: cookie + 1, Length: 1 + rnd.Uint64N(1<<rnd.IntN(18))}
+		r.Offset = rnd.Uint64N(uint64(len(model)) - r.Length)
+		asked[r.Cookie] = r
+		c.Expect(r)
+		batch = append(batch, c.Encode(r)...)
+	}
+	check(t, c.Send(batch))
+	for len(asked) > 0 {
+		m, err := c.Receive()
+		check(t, err)
+		r, data := asked[m.Cookie], m.Payload
+		if !m.Simple && m.Type == nbd.ReplyOffsetData {
+			data = data[8:]
+		}
+		if !m.Done() || !bytes.Equal(data, model[r.Offset:][:r.Length]) {
+			t.Fatalf("reply to a read of %d at %d: %d bytes, done %v, not what was there", r.Length, r.Offset, len(data), m.Done())
+		}
+		delete(asked, m.Cookie)
 	}
 }
