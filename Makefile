@@ -2,6 +2,9 @@
 
 GO ?= go
 
+# The program is one static file; only the race detector needs C.
+export CGO_ENABLED = 0
+
 # Packages whose concurrency is also run under the race detector, in short.
 RACE = ./internal/disk ./image ./exception ./cow ./nbdserver ./merge
 
@@ -24,7 +27,7 @@ test:
 	@scripts/phase vet $(GO) vet ./...
 	@scripts/phase demo $(MAKE) -s demo
 	@scripts/phase test scripts/with-tmpdir $(GO) test -p 2 -timeout 8m ./...
-	@scripts/phase race scripts/with-tmpdir $(GO) test -race -short -p 2 -timeout 5m $(RACE)
+	@CGO_ENABLED=1 scripts/phase race scripts/with-tmpdir $(GO) test -race -short -p 2 -timeout 5m $(RACE)
 	@scripts/phase end
 
 packages:
@@ -38,7 +41,7 @@ unit:
 	scripts/with-tmpdir $(GO) test -timeout 8m ./...
 
 race:
-	scripts/with-tmpdir $(GO) test -race -short -timeout 8m $(RACE)
+	CGO_ENABLED=1 scripts/with-tmpdir $(GO) test -race -short -timeout 8m $(RACE)
 
 # Campaigns: the same tests with far more of everything. COWDEV_LONG is the
 # switch; docs/testing.md says what each does and how long it takes.
