@@ -58,7 +58,7 @@ type magic struct {
 	bytes string
 }
 
-const mountAdvice = "attach the device and mount it read-only"
+const mountAdvice = "`cowdev mount` gets at them where there is root"
 
 // known is searched in order: what carries the most certain magic first, FAT,
 // which has none, last. ISO 9660 stands before the partition tables because a
@@ -74,8 +74,8 @@ var known = []kind{
 	{name: "EROFS", magics: []magic{{1024, "\xe2\xe1\xf5\xe0"}}, advice: mountAdvice},
 	{name: "NTFS", magics: []magic{{3, "NTFS    "}}, advice: mountAdvice},
 	{name: "exFAT", magics: []magic{{3, "EXFAT   "}}, advice: mountAdvice},
-	{name: "an encrypted LUKS volume", magics: []magic{{0, "LUKS\xba\xbe"}}, advice: "attach the device and open it with cryptsetup"},
-	{name: "an LVM physical volume", magics: []magic{{512, "LABELONE"}, {0, "LABELONE"}}, advice: "attach the device and activate its volume group"},
+	{name: "an encrypted LUKS volume", magics: []magic{{0, "LUKS\xba\xbe"}}, advice: "`cowdev attach` it and open it with cryptsetup"},
+	{name: "an LVM physical volume", magics: []magic{{512, "LABELONE"}, {0, "LABELONE"}}, advice: "`cowdev attach` it and activate its volume group"},
 	{name: "swap space", magics: []magic{{4086, "SWAPSPACE2"}}, advice: "it holds no files"},
 	{name: "a qcow2 image", magics: []magic{{0, "QFI\xfb"}}, advice: "convert it with qemu-img to raw"},
 	{name: "FAT", test: looksFAT, open: openFAT},
