@@ -11,10 +11,15 @@ import (
 const (
 	maxInlineWrite = 64 << 10             // bytes of a payload that is waited for whole in the receive buffer
 	maxInlineRead  = 1 << 20              // bytes of a READ
+	maxInlineCold  = 64 << 10             // bytes of a lone READ from the disk
 	maxInlineZero  = 1 << 20              // bytes of a TRIM or WRITE_ZEROES
 	maxBuffered    = 1 << 20              // bytes of a WRITE that may wait in a worker
 	quickSync      = 2 * time.Millisecond // a flush that is followed by nothing, when the last took less
 )
+
+// companyStays is for how many reads from the disk a connection that sent a
+// request during one of them counts as having others under way.
+const companyStays = 64
 
 // writePiece is what a larger WRITE is cut into: what the receive buffer
 // holds, cut where chunks end.
@@ -44,7 +49,55 @@ func (c *conn) read(r *request) error {
 	if ok {
 		return c.readCopied(r)
 	}
+	return c.readCold(r)
+}
+
+// readCold answers a READ whose bytes are not known to be in memory. A lone
+// one is done here: its client should not pay for a change of goroutines. For
+// others the disk is set to work first, so that it has as many requests at
+// once as the client sent, however few workers run.
+func (c *conn) readCold(r *request) error {
+	if r.n <= maxInlineCold && c.aloneForNow() {
+		return c.readHere(r)
+	}
+	_ = c.export.Device.Cache(r.off, r.n) // an error will be met by the read
 	return c.start(newJob(c, r), readBuffer(r))
+}
+
+// aloneForNow says that nothing else of the connection has to wait while the
+// disk is read here: no request is under way, and none came lately while
+// another was read here.
+func (c *conn) aloneForNow() bool {
+	if len(c.in.have()) > 0 || c.jobs.any() {
+		return false
+	}
+	if c.company > 0 {
+		c.company--
+		return false
+	}
+	return true
+}
+
+// readHere answers a READ by reading from the device.
+func (c *conn) readHere(r *request) error {
+	if err := c.flush(); err != nil {
+		return err
+	}
+	p := c.batch().space(int(r.n))
+	if err := c.enter(); err != nil {
+		return err
+	}
+	err := readFull(c.export.Device, p, r.off)
+	if c.in.pending() {
+		c.company = companyStays
+	}
+	if err != nil { // a worker knows how to tell which byte cannot be read
+		return c.start(newJob(c, r), readBuffer(r))
+	}
+	c.b.wrote(c.appendData(c.b.head, r, nbd.ReplyFlagDone, r.off, len(p)))
+	c.b.copiedTo(p)
+	c.count.read += uint64(r.n)
+	return nil
 }
 
 // readCopied answers a READ, whose bytes a view has shown to be in memory, on

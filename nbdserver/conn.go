@@ -35,15 +35,16 @@ type conn struct {
 	cut          atomic.Pointer[error] // why abort was called
 
 	session
-	view   block.Session // nil where the device has none
-	done   func()        // view.Done
-	viewed bool          // view was asked since the last done
-	in     input
-	out    output
-	b      *batch       // replies that have not been sent; nil if there are none
-	inside gate         // of the device, where this goroutine has a place; or nil
-	ending bool         // requests are answered with errShuttingDown
-	synced atomic.Int64 // nanoseconds that the last flush took
+	view    block.Session // nil where the device has none
+	done    func()        // view.Done
+	viewed  bool          // view was asked since the last done
+	in      input
+	out     output
+	b       *batch       // replies that have not been sent; nil if there are none
+	inside  gate         // of the device, where this goroutine has a place; or nil
+	company int          // reads from the disk that are to go to workers, see aloneForNow
+	ending  bool         // requests are answered with errShuttingDown
+	synced  atomic.Int64 // nanoseconds that the last flush took
 
 	count tally
 	jobs  inFlight

@@ -32,12 +32,14 @@ type input struct {
 	peek    []byte // where nc is read while idle
 
 	readSocket func(fd uintptr) bool // in.read, made once
+	askSocket  func(fd uintptr)      // in.ask, likewise
+	waiting    int                   // bytes that ask found
 	err        error                 // what it met
 }
 
 func (in *input) init(nc net.Conn, raw syscall.RawConn, beforeWait func()) {
 	in.nc, in.raw, in.beforeWait = nc, raw, beforeWait
-	in.readSocket = in.read
+	in.readSocket, in.askSocket = in.read, in.ask
 	if raw == nil {
 		in.peek = make([]byte, peekSize)
 	}
@@ -128,6 +130,19 @@ func (in *input) read(fd uintptr) bool {
 		return true
 	}
 }
+
+// pending says that more has arrived on the socket, or might have on a stream
+// that is none.
+func (in *input) pending() bool {
+	if in.raw == nil {
+		return true
+	}
+	in.waiting = 0
+	_ = in.raw.Control(in.askSocket)
+	return in.waiting > 0
+}
+
+func (in *input) ask(fd uintptr) { in.waiting, _ = unix.IoctlGetInt(int(fd), unix.TIOCINQ) }
 
 // readNow takes what has already arrived on a socket, also after its deadline.
 func (in *input) readNow() {
