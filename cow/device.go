@@ -129,17 +129,23 @@ func (d *Device) Close() error {
 // Flush returns when every change that was acknowledged before is durable (3).
 func (d *Device) Flush() error { return d.store.Flush() }
 
-// Cache asks the origin to read ahead.
+// Cache sets the disks to work on what would be read.
 func (d *Device) Cache(off, n int64) error {
-	if err := d.check(off, n); err != nil || d.prefetch == nil {
+	if err := d.check(off, n); err != nil {
 		return err
 	}
 	w := walker{d: d, off: off, end: off + n}
 	for p, ok := w.next(); ok; p, ok = w.next() {
-		if p.state == block.FromBase {
-			if err := d.prefetch.Prefetch(p.off, p.n); err != nil {
-				return err
-			}
+		var err error
+		switch {
+		case p.state == block.FromBase && d.prefetch != nil:
+			err = d.prefetch.Prefetch(p.off, p.n)
+		case p.state == block.Stored && d.opts.View != nil:
+			// The slot may have been given up since; then this is in vain.
+			err = d.opts.View.Prefetch(d.store.SlotOffset(p.entry)+int64(p.in), p.n)
+		}
+		if err != nil {
+			return err
 		}
 	}
 	return nil

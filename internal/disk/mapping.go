@@ -135,6 +135,15 @@ func (m *Mapping) Overwrite(p []byte, off int64) (done bool) {
 	return true
 }
 
+// Prefetch begins to bring [off, off+n) into memory.
+func (m *Mapping) Prefetch(off, n int64) error {
+	end := min(off+n, m.size)
+	if off >= end {
+		return nil
+	}
+	return unix.Madvise(m.data[off>>pageShift<<pageShift:end], unix.MADV_WILLNEED)
+}
+
 // Prove says that [off, off+n) was just read from the file without an error.
 // It counts for the pages that lie in the range wholly, and for the last one
 // of the mapping if the range reaches its end.
