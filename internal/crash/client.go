@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
-	"slices"
 	"syscall"
 
 	"github.com/cowdev/cowdev/block"
@@ -204,9 +203,6 @@ func (w *world) unexpected(err error) error {
 // inject makes one operation of the session fail, if it was planned.
 func (w *world) inject(op disktest.Op) (fault disktest.Fault) {
 	w.oracle.While(func() {
-		if slices.Contains(w.cfg.Spared, op.Kind) {
-			return
-		}
 		if w.fault--; w.fault != 0 {
 			return
 		}

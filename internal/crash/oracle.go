@@ -41,6 +41,11 @@ func (d Death) String() string {
 type Oracle struct {
 	size int64
 
+	// Torn says that a read may find a sector half way between two versions,
+	// if a change of it is under way: so it is where bytes are copied into
+	// and out of a page cache. Set it before use.
+	Torn bool
+
 	mu       sync.Mutex
 	now      uint64
 	dead     bool // between Die and Found
@@ -289,10 +294,39 @@ func (r *Reading) Done(p []byte, off int64) error {
 	var err error
 	r.o.each(off, len(p), func(s int) {
 		if err == nil {
-			err = r.o.checkSector(s, r.o.sector(p, off, s), r.o.candidatesAt(s, Process, r.begin), "in a read")
+			err = r.check(s, r.o.sector(p, off, s))
 		}
 	})
 	return err
+}
+
+func (r *Reading) check(s int, p []byte) error {
+	may := r.o.candidatesAt(s, Process, r.begin)
+	err := r.o.checkSector(s, p, may, "in a read")
+	if err != nil && r.o.Torn && torn(p, may, r.begin) {
+		return nil
+	}
+	return err
+}
+
+// torn reports whether p is put together from words of versions of which one
+// was under way after a moment.
+func torn(p []byte, may []version, after uint64) bool {
+	overlaps := false
+	for _, v := range may {
+		overlaps = overlaps || v.end > after
+	}
+	for i := 0; i < len(p) && overlaps; i += 8 {
+		end := min(i+8, len(p))
+		found := false
+		for _, v := range may {
+			found = found || bytes.Equal(p[i:end], v.p[i:end])
+		}
+		if !found {
+			return false
+		}
+	}
+	return overlaps
 }
 
 // While calls f while the oracle learns of nothing: no change is acknowledged

@@ -22,9 +22,6 @@ type Config struct {
 	Faults   bool // let operations on the file fail
 	Host     Host // nil for a device in this process
 
-	// Spared are the kinds of operation that no fault is injected into.
-	Spared []disktest.Kind
-
 	first *fate // of the first session, nil for one that the seed decides
 }
 

@@ -194,34 +194,6 @@ func (f *File) Sync() error {
 	return err
 }
 
-// SyncWrite makes durable the last WriteAt of exactly n bytes at off, and
-// nothing else, and reports whether it was still pending: the two are a
-// WriteSync then. It is for who is told of the write and of its sync one
-// after the other.
-func (f *File) SyncWrite(off, n int64) bool {
-	f.mu.Lock()
-	defer f.mu.Unlock()
-	if f.closed {
-		return false
-	}
-	var op uint64 // that the looked at changes belong to
-	var end int64
-	for i := len(f.pending) - 1; i >= 0; i-- {
-		c := &f.pending[i]
-		if c.kind != data {
-			continue
-		}
-		if c.op != op { // the last part of a write
-			op, end = c.op, c.off+c.n
-		}
-		if c.off == down(off) && end == up(off+n) {
-			f.settleOp(Op{N: op, Off: off, Len: n})
-			return true
-		}
-	}
-	return false
-}
-
 // PunchHole makes [off, off+n) zeros and its whole pages free. The size stays.
 func (f *File) PunchHole(off, n int64) error {
 	op, fault, err := f.begin(Punch, off, n, nil)

@@ -226,26 +226,6 @@ func TestWriteSync(t *testing.T) {
 	expect(t, f, "ac.e", "bc.e", "acde", "bcde")
 }
 
-// TestSyncWrite does in two steps what WriteSync does.
-func TestSyncWrite(t *testing.T) {
-	f := FromBytes(1, sectors(2, 'a'))
-	write(t, f, 0, sectors(2, 'b'))
-	write(t, f, SectorSize, sectors(1, 'c'))
-	if !f.SyncWrite(SectorSize, SectorSize) {
-		t.Fatal("the write is not found")
-	}
-	expect(t, f, "ac", "bc")
-	if f.SyncWrite(SectorSize, SectorSize) {
-		t.Fatal("found a write that is durable")
-	}
-
-	f.OnStep = func(Op, Phase) {} // now writes have two halves
-	write(t, f, 0, sectors(2, 'd'))
-	if !f.SyncWrite(0, 2*SectorSize) || f.Pending() != 0 {
-		t.Fatal("a write in two halves is not found")
-	}
-}
-
 // TestWriteSyncUnderWay crashes in the middle of a synchronous write.
 func TestWriteSyncUnderWay(t *testing.T) {
 	f := FromBytes(1, sectors(2, 'a'))
