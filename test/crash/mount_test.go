@@ -6,7 +6,6 @@ package crash
 
 import (
 	"context"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -27,8 +26,10 @@ import (
 // A mount is a directory in which files of package disktest can be seen.
 type mount struct {
 	dir   string
-	root  *root
+	root  *fs.Inode
 	files int
+
+	dsync sync.Map // by thread: whether the write that it is in has RWF_DSYNC
 }
 
 // newMount mounts a new directory until the test ends. It skips the test where
@@ -47,15 +48,17 @@ func newMount(t *testing.T) *mount {
 	if err := os.Mkdir(dir, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	m := &mount{dir: dir, root: &root{}}
-	second := time.Second
-	server, err := fs.Mount(dir, m.root, &fs.Options{
-		EntryTimeout: &second,
-		AttrTimeout:  &second,
-		MountOptions: fuse.MountOptions{DirectMountStrict: true, FsName: "disktest", Name: "disktest", MaxWrite: 1 << 20},
-	})
+	root, second := &fs.Inode{}, time.Second
+	m := &mount{dir: dir, root: root}
+	options := &fs.Options{EntryTimeout: &second, AttrTimeout: &second}
+	raw := &flags{fs.NewNodeFS(root, options), &m.dsync}
+	server, err := fuse.NewServer(raw, dir, &fuse.MountOptions{DirectMountStrict: true, FsName: "disktest", Name: "disktest", MaxWrite: 1 << 20})
 	if err != nil {
 		t.Skipf("mounting a FUSE filesystem: %v", err)
+	}
+	go server.Serve()
+	if err := server.WaitMount(); err != nil {
+		t.Fatalf("mount of %s: %v", dir, err)
 	}
 	t.Cleanup(func() {
 		// What still holds the mount, after a failure, must not hold us.
@@ -79,25 +82,32 @@ func (m *mount) show(f *disktest.File) string {
 	m.files++
 	name := fmt.Sprintf("%d.img", m.files)
 	ctx := context.Background()
-	n := &node{file: f, mtime: time.Now(), last: make(map[uint32]span)}
+	n := &node{file: f, mtime: time.Now(), dsync: &m.dsync}
 	m.root.AddChild(name, m.root.NewPersistentInode(ctx, n, fs.StableAttr{Mode: syscall.S_IFREG}), true)
 	return filepath.Join(m.dir, name)
 }
 
-// root is the directory.
-type root struct{ fs.Inode }
+// flags passes on what the filesystem above the nodes is not told: that a write
+// has RWF_DSYNC.
+type flags struct {
+	fuse.RawFileSystem
+	dsync *sync.Map
+}
+
+func (f *flags) Writev(cancel <-chan struct{}, in *fuse.WriteIn, p [][]byte) (uint32, fuse.Status) {
+	f.dsync.Store(in.Pid, in.Flags&unix.O_DSYNC != 0)
+	return f.RawFileSystem.Writev(cancel, in, p)
+}
 
 // node is one file.
 type node struct {
 	fs.Inode
-	file *disktest.File
+	file  *disktest.File
+	dsync *sync.Map
 
 	mu    sync.Mutex
 	mtime time.Time
-	last  map[uint32]span // by thread: its last operation, if it was a log append
 }
-
-type span struct{ off, n int64 }
 
 var (
 	_ fs.NodeOpener    = (*node)(nil)
@@ -111,8 +121,10 @@ var (
 	_ fs.NodeStatfser  = (*node)(nil)
 )
 
+// Open keeps the file's bytes out of the page cache: the file has one of its
+// own, which outlives the process and is lost with the power.
 func (n *node) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Errno) {
-	return nil, fuse.FOPEN_KEEP_CACHE, 0
+	return nil, fuse.FOPEN_DIRECT_IO, 0
 }
 
 func (n *node) Read(_ context.Context, _ fs.FileHandle, p []byte, off int64) (fuse.ReadResult, syscall.Errno) {
@@ -123,35 +135,24 @@ func (n *node) Read(_ context.Context, _ fs.FileHandle, p []byte, off int64) (fu
 	return fuse.ReadResultData(p[:got]), 0
 }
 
-// logMagic begins every record of a store's log.
-const logMagic = 0x524c5743
-
 func (n *node) Write(ctx context.Context, _ fs.FileHandle, p []byte, off int64) (uint32, syscall.Errno) {
-	done, err := n.file.WriteAt(p, off)
 	n.mu.Lock()
 	n.mtime = time.Now()
-	delete(n.last, thread(ctx))
-	if err == nil && len(p) >= 4 && binary.LittleEndian.Uint32(p) == logMagic {
-		n.last[thread(ctx)] = span{off, int64(len(p))}
-	}
 	n.mu.Unlock()
+	if durable, _ := n.dsync.Load(thread(ctx)); durable == true {
+		if err := n.file.WriteSync(p, off); err != nil {
+			return 0, errno(err)
+		}
+		return uint32(len(p)), 0
+	}
+	done, err := n.file.WriteAt(p, off)
 	if err != nil && done == 0 {
 		return 0, errno(err)
 	}
 	return uint32(done), 0
 }
 
-// Fsync is a Sync, but for one that follows a log append of the same thread.
-// That is the kernel's way to tell us of one write with RWF_DSYNC, which says
-// nothing of other writes.
-func (n *node) Fsync(ctx context.Context, _ fs.FileHandle, _ uint32) syscall.Errno {
-	n.mu.Lock()
-	w, appended := n.last[thread(ctx)]
-	delete(n.last, thread(ctx))
-	n.mu.Unlock()
-	if appended && n.file.SyncWrite(w.off, w.n) {
-		return 0
-	}
+func (n *node) Fsync(context.Context, fs.FileHandle, uint32) syscall.Errno {
 	return errno(n.file.Sync())
 }
 
