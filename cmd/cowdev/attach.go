@@ -64,7 +64,7 @@ func deviceFlags() []cli.Flag {
 	return []cli.Flag{
 		&cli.StringFlag{Name: "driver", Value: "auto", Usage: "nbd, loop, or auto: nbd where the kernel has it"},
 		&cli.BoolFlag{Name: "supervise", Value: true, Usage: "start the server again when it dies"},
-		&cli.BoolFlag{Name: "resume", Usage: "serve COW's device again whose server is gone; BASE is not given"},
+		&cli.BoolFlag{Name: "resume", Usage: "serve COW's device again whose server is gone; with BASE given, attach it anew where there is none"},
 		&cli.BoolFlag{Name: "detach", Usage: "go on in the background once the device is ready"},
 		&cli.StringFlag{Name: "log", Usage: "file for the messages of a detached process", DefaultText: "none"},
 		&cli.IntFlag{Name: "connections", Value: attach.DefaultConnections, Usage: "connections between the kernel and the server"},
@@ -102,7 +102,10 @@ func attachConfigOf(c *cli.Context) (ac attachConfig, err error) {
 		return ac, usagef("--driver: %q: expected auto, nbd or loop", ac.driver)
 	}
 	if c.Bool("resume") {
-		return ac, ac.readState(c)
+		err = ac.readState(c)
+		if !errors.Is(err, attach.ErrNotAttached) || c.Args().Len() < 2 {
+			return ac, err
+		}
 	}
 	if err = ac.serve.files(c); err == nil {
 		err = ac.serve.device(c)
@@ -171,11 +174,15 @@ func requestTimeout(c *cli.Context, park time.Duration, supervised bool) (time.D
 // readState takes what --resume needs from what the device's last server
 // left.
 func (ac *attachConfig) readState(c *cli.Context) error {
-	args, err := arguments(c, "COW")
-	if err != nil {
-		return err
+	cow := c.Args().First()
+	switch c.Args().Len() {
+	case 1:
+	case 2, 3:
+		cow = c.Args().Get(1)
+	default:
+		return usagef("attach: --resume needs COW; usage: cowdev attach --resume [flags] [BASE] COW")
 	}
-	s, err := attach.DefaultStates.Find(args[0])
+	s, err := attach.DefaultStates.Find(cow)
 	if err != nil {
 		return fmt.Errorf("%w; attach it with BASE and COW", err)
 	}
