@@ -81,11 +81,15 @@ func ownersOf(fsys FS, ranges []block.Extent) ([]ext4.Owner, error) {
 	if !ok {
 		return nil, fmt.Errorf("owners of blocks in %s: %w", fsys.Info().Type, ErrUnsupported)
 	}
+	return f.Owners(extRanges(ranges), nil)
+}
+
+func extRanges(ranges []block.Extent) []ext4.Range {
 	list := make([]ext4.Range, len(ranges))
 	for i, r := range ranges {
 		list[i] = ext4.Range{Off: r.Off, N: r.N}
 	}
-	return f.Owners(list, nil)
+	return list
 }
 
 // Space is what an overlay keeps, in bytes.
@@ -127,11 +131,20 @@ const spaceBlock = 4096
 // Why says for what the overlay of a device keeps the given ranges in its
 // store. base and view are the device without and with it, cut to the file
 // system that fsys is of view; ranges, from its beginning, may reach beyond
-// it. It reads the ranges on both sides.
+// it. It reads the ranges on both sides. Without a file system (nil), or with
+// one that cannot tell, all is of unknown kind.
 func Why(base, view block.Reader, fsys FS, ranges []block.Extent) (*SpaceReport, error) {
-	owners, err := ownersOf(fsys, ranges)
-	if err != nil {
-		return nil, err
+	f, ext := fsys.(extFS)
+	var owners []ext4.Owner
+	if ext {
+		var err error
+		if owners, err = ownersOf(f, ranges); err != nil {
+			return nil, err
+		}
+	} else {
+		for _, r := range extRanges(ranges) {
+			owners = append(owners, ext4.Owner{Range: r, Kind: ext4.KindUnknown})
+		}
 	}
 	a := &accounts{base: base, view: view, inodes: map[uint32]*Space{}}
 	for _, o := range owners {
@@ -139,16 +152,16 @@ func Why(base, view block.Reader, fsys FS, ranges []block.Extent) (*SpaceReport,
 			return nil, err
 		}
 	}
-	r := &SpaceReport{Total: a.total}
+	r := &SpaceReport{Total: a.total, Kinds: []KindSpace{}, Dirs: []PathSpace{}, Files: []PathSpace{}}
 	for k, s := range a.kinds {
 		if s != (Space{}) {
 			r.Kinds = append(r.Kinds, KindSpace{Kind(k), s})
 		}
 	}
-	if err := a.name(fsys.(extFS), r); err != nil {
-		return nil, err
+	if !ext {
+		return r, nil
 	}
-	return r, nil
+	return r, a.name(f, r)
 }
 
 // accounts sums up space.

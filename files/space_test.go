@@ -44,6 +44,10 @@ func TestWhy(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	blind, err := Why(openReader(t, old), openReader(t, changed), nil, ranges)
+	if err != nil || blind.Total != r.Total || len(blind.Kinds) != 1 {
+		t.Errorf("without a file system: %+v (%v), expected the total %+v", blind, err, r.Total)
+	}
 	files, dirs, kinds := map[string]Space{}, map[string]Space{}, map[Kind]Space{}
 	for _, f := range r.Files {
 		files[f.Path] = f.Space

@@ -2,6 +2,7 @@ package main
 
 import (
 	"bufio"
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -127,7 +128,8 @@ func writeDiffStat(w io.Writer, r *files.Result) {
 		s.Added, s.Removed, s.Modified, s.Renamed, s.Attributes, size(s.Bytes))
 }
 
-// writeLayer writes the layer to a new file, or to stdout.
+// writeLayer writes the layer to a new file, or to stdout. Of a file that is
+// not complete nothing is left, also after an interrupt.
 func writeLayer(c *cli.Context, r *files.Result, now files.FS, out string) (err error) {
 	w := c.App.Writer
 	if out != "-" {
@@ -135,12 +137,14 @@ func writeLayer(c *cli.Context, r *files.Result, now files.FS, out string) (err 
 		if openErr != nil {
 			return fmt.Errorf("--tar: %w", openErr)
 		}
+		ctx, stop := untilSignal(c)
+		defer stop()
 		defer func() {
 			if err = errors.Join(err, f.Close()); err != nil {
 				os.Remove(out)
 			}
 		}()
-		w = f
+		w = untilWriter{ctx, f}
 	}
 	b := bufio.NewWriterSize(w, 1<<20)
 	skipped, err := r.WriteTar(b, now)
@@ -154,4 +158,17 @@ func writeLayer(c *cli.Context, r *files.Result, now files.FS, out string) (err 
 		return fmt.Errorf("--tar %s: %w", out, err)
 	}
 	return nil
+}
+
+// untilWriter writes until ctx ends.
+type untilWriter struct {
+	ctx context.Context
+	w   io.Writer
+}
+
+func (u untilWriter) Write(p []byte) (int, error) {
+	if err := u.ctx.Err(); err != nil {
+		return 0, err
+	}
+	return u.w.Write(p)
 }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"text/tabwriter"
 
 	"github.com/urfave/cli/v2"
@@ -18,7 +19,7 @@ func whyCommand() *cli.Command {
 		Usage:     "Show which files and directories an overlay's space went to",
 		ArgsUsage: "BASE COW",
 		Description: "COW is a store, or the socket or NBD URI of the server that serves it. " +
-			"The file system must be ext2, ext3 or ext4.",
+			"Files and kinds are told of ext2, ext3 and ext4.",
 		Flags: append([]cli.Flag{
 			partitionFlag,
 			&cli.IntFlag{Name: "top", Value: 15, Usage: "how many directories and files to show, 0 for all; JSON has all"},
@@ -48,8 +49,16 @@ func why(c *cli.Context) (err error) {
 	}
 	defer func() { err = errors.Join(err, v.close()) }()
 	r := whyReport{}
-	if err := v.settled(func() error { return r.fill(v) }); err != nil {
+	var mute string
+	err = v.settled(func() (err error) {
+		mute, err = r.fill(v)
+		return err
+	})
+	if err != nil {
 		return fmt.Errorf("%s: %w", args[1], err)
+	}
+	if mute != "" {
+		warn(c, "%s: no file is told: %s", args[1], mute)
 	}
 	if c.Bool("json") {
 		return printJSON(c.App.Writer, r)
@@ -57,15 +66,21 @@ func why(c *cli.Context) (err error) {
 	return r.print(c.App.Writer, c.Int("top"))
 }
 
-// fill finds out.
-func (r *whyReport) fill(v *lookView) error {
+// fill finds out. It says in mute why there is no file system that tells what
+// its blocks are for.
+func (r *whyReport) fill(v *lookView) (mute string, err error) {
 	fsys, err := files.Open(v)
-	if err != nil {
-		return err
+	switch {
+	case errors.Is(err, files.ErrNoFS) || errors.Is(err, files.ErrUnsupported):
+		fsys, mute = nil, err.Error()
+	case err != nil:
+		return "", err
+	case !strings.HasPrefix(fsys.Info().Type, "ext"):
+		mute = fsys.Info().Type + " does not tell what its blocks are for, expected ext2, ext3 or ext4"
 	}
 	overlay, err := v.overlay()
 	if err != nil {
-		return err
+		return "", err
 	}
 	r.Dropped = 0
 	var stored []block.Extent
@@ -77,7 +92,7 @@ func (r *whyReport) fill(v *lookView) error {
 		}
 	}
 	r.SpaceReport, err = files.Why(v.base, v, fsys, stored)
-	return err
+	return mute, err
 }
 
 // print prints the report, with at most top paths of each kind.
@@ -99,6 +114,9 @@ func (r *whyReport) print(w io.Writer, top int) error {
 		title string
 		paths []files.PathSpace
 	}{{"directory, with all below", r.Dirs}, {"file", r.Files}} {
+		if len(list.paths) == 0 {
+			continue
+		}
 		fmt.Fprintf(t, "\t\t\t\nstored\tas in base\tzeros\t  %s\n", list.title)
 		for i, p := range list.paths {
 			if i == top && top > 0 {
