@@ -125,8 +125,14 @@ func (s *server) stderr() string {
 	return strings.Join(s.said, "")
 }
 
-// kill is kill -9.
-func (s *server) kill() { syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL) }
+// kill is kill -9. It may be called any number of times.
+func (s *server) kill() {
+	select {
+	case <-s.exited: // its number may be another's by now
+	default:
+		syscall.Kill(-s.cmd.Process.Pid, syscall.SIGKILL)
+	}
+}
 
 // wait waits for the end of the process.
 func (s *server) wait() error {

@@ -14,7 +14,7 @@ import (
 // Its deaths by kill -9 are real ones.
 func TestWalks(t *testing.T) {
 	m := newMount(t)
-	walks, limit := uint64(8), 3*time.Second
+	walks, limit := uint64(8), 2*time.Second
 	if long() {
 		walks, limit = 1<<62, campaignTime(t)/4
 	}

@@ -1,0 +1,307 @@
+package crash
+
+// A real ext4 filesystem of some megabytes, filled to the last byte under a
+// server: what was written stays, flushes and checkpoints go on, and when
+// there is room writes do too, without a restart.
+
+import (
+	"bytes"
+	"errors"
+	"os"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/cowdev/cowdev/internal/crash"
+)
+
+const blockSize = 4096
+
+// newSmallDisk mounts a new ext4 filesystem of n bytes until the test ends. It
+// skips the test where that cannot be had.
+func newSmallDisk(t *testing.T, n int64) string {
+	t.Helper()
+	if os.Geteuid() != 0 {
+		t.Skip("mounting an ext4 filesystem: needs root")
+	}
+	dir := t.TempDir()
+	img, at := filepath.Join(dir, "img"), filepath.Join(dir, "at")
+	if err := os.WriteFile(img, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(img, n); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Mkdir(at, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := command(patience, "mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", "-E", "nodiscard", img); err != nil {
+		t.Fatalf("mkfs.ext4: %v\n%s", err, out)
+	}
+	if out, err := command(patience, "mount", "-o", "loop", img, at); err != nil {
+		t.Skipf("mounting an ext4 filesystem by a loop device: %v: %s", err, out)
+	}
+	t.Cleanup(func() {
+		if out, err := command(patience, "umount", at); err != nil {
+			t.Errorf("umount: %v\n%s", err, out)
+			command(patience, "umount", "-l", at)
+		}
+	})
+	return at
+}
+
+// fill writes a file until its filesystem is full, and returns its path.
+func fill(t *testing.T, dir string) string {
+	t.Helper()
+	path := filepath.Join(dir, "ballast")
+	f, err := os.Create(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	for n := 1 << 20; n >= 512; {
+		if _, err = f.Write(make([]byte, n)); err != nil {
+			n /= 2
+		}
+	}
+	if !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("fill the filesystem: %v", err)
+	}
+	return path
+}
+
+// A fullCase is a server whose store lies on a small filesystem.
+type fullCase struct {
+	t       *testing.T
+	dir     string
+	base    string
+	store   string
+	flags   []string
+	content []byte
+	server  *server
+	dev     *nbdDevice
+	stamp   uint64
+}
+
+func newFullCase(t *testing.T, flags ...string) *fullCase {
+	c := &fullCase{t: t, dir: newSmallDisk(t, 32<<20), flags: flags, content: make([]byte, 64<<20), stamp: crash.BaseStamp}
+	sockets := shortDir(t)
+	c.base, c.store = filepath.Join(sockets, "base"), filepath.Join(c.dir, "cow")
+	f, err := os.Create(c.base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := f.Truncate(int64(len(c.content))); err != nil {
+		t.Fatal(err)
+	}
+	c.start()
+	t.Cleanup(func() { // before the filesystem goes
+		c.server.kill()
+		c.server.wait()
+	})
+	return c
+}
+
+func (c *fullCase) start() {
+	c.t.Helper()
+	var err error
+	args := append(append([]string{"--format=raw", "--base-digest=sample"}, c.flags...), c.base, c.store)
+	if c.server, err = serve(filepath.Dir(c.base), args...); err != nil {
+		c.t.Fatal(err)
+	}
+	if c.dev, err = c.server.dial(); err != nil {
+		c.t.Fatal(err)
+	}
+}
+
+// write writes n bytes at off, and remembers them if they were taken.
+func (c *fullCase) write(off int64, n int) error {
+	c.stamp++
+	p := make([]byte, n)
+	crash.Stamp(p, off, c.stamp)
+	_, err := c.dev.WriteAt(p, off)
+	if err == nil {
+		copy(c.content[off:], p)
+	}
+	return err
+}
+
+func (c *fullCase) mustWrite(off int64, n int) {
+	c.t.Helper()
+	if err := c.write(off, n); err != nil {
+		c.t.Fatalf("write of %d bytes at %d: %v", n, off, err)
+	}
+}
+
+func (c *fullCase) mustFlush() {
+	c.t.Helper()
+	if err := c.dev.Flush(); err != nil {
+		c.t.Fatalf("flush: %v", err)
+	}
+}
+
+// compare reads all of the device but [from, to), of which writes failed.
+func (c *fullCase) compare(from, to int64) {
+	c.t.Helper()
+	p := make([]byte, 1<<20)
+	for off := int64(0); off < int64(len(c.content)); off += int64(len(p)) {
+		if _, err := c.dev.ReadAt(p, off); err != nil {
+			c.t.Fatalf("read at %d: %v", off, err)
+		}
+		want := bytes.Clone(c.content[off:][:len(p)])
+		if lo, hi := max(off, from), min(off+int64(len(p)), to); lo < hi {
+			copy(want[lo-off:hi-off], p[lo-off:hi-off])
+		}
+		if at := differs(p, want); at >= 0 {
+			c.t.Fatalf("sector %d of the MiB at %d reads as %s, was written as %s", at, off, describe(p, at), describe(want, at))
+		}
+	}
+}
+
+// exhaust writes until there is no room, and returns where the write was that
+// failed.
+func (c *fullCase) exhaust(from int64) int64 {
+	c.t.Helper()
+	for off := from; off < int64(len(c.content)); off += blockSize * 4 {
+		if err := c.write(off, blockSize*4); errors.Is(err, syscall.ENOSPC) {
+			return off
+		} else if err != nil {
+			c.t.Fatalf("write at %d: %v, expected ENOSPC", off, err)
+		}
+	}
+	c.t.Fatal("the filesystem took everything")
+	return 0
+}
+
+func TestFullDisk(t *testing.T) {
+	c := newFullCase(t)
+	for off := int64(0); off < 4<<20; off += 1 << 20 {
+		c.mustWrite(off, 256<<10)
+	}
+	c.mustFlush()
+	ballast := fill(t, c.dir)
+	failed := c.exhaust(8 << 20)
+	c.compare(failed, failed+4*blockSize)
+
+	// Overwrites and flushes need no room, and enough of them fill the log
+	// again and again, so that it is checkpointed.
+	for i := range int64(300) {
+		c.mustWrite(i%64*blockSize, blockSize)
+		c.mustFlush()
+	}
+	c.compare(failed, failed+4*blockSize)
+
+	// Killed and started again, still without room.
+	c.mustWrite(0, blockSize)
+	c.server.kill()
+	if err := c.server.wait(); err != nil {
+		t.Fatal(err)
+	}
+	c.start()
+	c.compare(failed, failed+4*blockSize)
+	if err := c.write(20<<20, 1<<20); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("write without room: %v, expected ENOSPC", err)
+	}
+
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	c.mustWrite(20<<20, 1<<20)
+	c.mustWrite(failed, 4*blockSize)
+	c.mustFlush()
+	c.compare(0, 0)
+	if err := c.server.close(); err != nil {
+		t.Fatal(err)
+	}
+	c.check()
+}
+
+// check runs `cowdev check`.
+func (c *fullCase) check() {
+	c.t.Helper()
+	if out, err := command(patience, program, "check", "--quiet", c.store); err != nil {
+		c.t.Fatalf("check: %v\n%s", err, out)
+	}
+}
+
+// TestFullDiskPark: a write waits for room while reads go on.
+func TestFullDiskPark(t *testing.T) {
+	c := newFullCase(t, "--on-full=park")
+	c.mustWrite(0, 1<<20)
+	c.mustFlush()
+	ballast := fill(t, c.dir)
+	reader, err := c.server.dial()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer reader.c.Close()
+	written := make(chan error, 1)
+	go func() { written <- c.write(16<<20, 2<<20) }()
+	waitFor(t, "word of a full store", func() bool { return strings.Contains(c.server.stderr(), "full") })
+	for range 50 {
+		p := make([]byte, blockSize)
+		if _, err := reader.ReadAt(p, 0); err != nil || !bytes.Equal(p, c.content[:blockSize]) {
+			t.Fatalf("read beside a parked write: %v", err)
+		}
+	}
+	select {
+	case err := <-written:
+		t.Fatalf("the write did not wait for room: %v", err)
+	default:
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case err := <-written:
+		if err != nil {
+			t.Fatalf("the parked write: %v", err)
+		}
+	case <-time.After(patience):
+		t.Fatalf("the parked write was not done within %v of there being room", patience)
+	}
+	c.mustFlush()
+	c.compare(0, 0)
+	if err := c.server.close(); err != nil {
+		t.Fatal(err)
+	}
+	c.check()
+}
+
+// TestFullDiskMerge merges into a base, full of holes, on a full filesystem.
+func TestFullDiskMerge(t *testing.T) {
+	c := newFullCase(t)
+	for off := int64(0); off < 8<<20; off += 1 << 20 {
+		c.mustWrite(off, 128<<10)
+	}
+	if err := c.server.close(); err != nil {
+		t.Fatal(err)
+	}
+	base := filepath.Join(c.dir, "base")
+	if out, err := command(patience, "cp", "-p", "--sparse=always", c.base, base); err != nil {
+		t.Fatalf("cp: %v\n%s", err, out)
+	}
+	c.base = base
+	ballast := fill(t, c.dir)
+	out, err := command(patience, program, "merge", "--quiet", "--format=raw", base, c.store)
+	if err == nil || !strings.Contains(out, "no space") {
+		t.Fatalf("merge without room: %v\n%s", err, out)
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := command(patience, program, "merge", "--quiet", "--format=raw", base, c.store); err != nil {
+		t.Fatalf("merge taken up again: %v\n%s", err, out)
+	}
+	p, err := os.ReadFile(base)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if at := differs(p, c.content); at >= 0 {
+		t.Fatalf("sector %d of the merged base reads as %s, was written as %s", at, describe(p, at), describe(c.content, at))
+	}
+	c.check()
+}
