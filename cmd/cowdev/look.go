@@ -74,7 +74,7 @@ func openLook(c *cli.Context, imagePath, cowPath string) (*lookView, error) {
 		return nil, err
 	}
 	v := &lookView{Reader: base, close: base.Close}
-	return v.cut(c)
+	return v.cut(c, imagePath)
 }
 
 // openPair opens BASE and its overlay: a store, or the server that serves it.
@@ -94,7 +94,7 @@ func openPair(c *cli.Context, basePath, cowPath string) (*lookView, error) {
 		if err := v.sameBase(basePath, cowPath); err != nil {
 			return nil, errors.Join(err, v.close())
 		}
-		return v.cut(c)
+		return v.cut(c, cowPath)
 	}
 	o, err := viewOptionsOf(c)
 	if err != nil {
@@ -110,7 +110,7 @@ func openPair(c *cli.Context, basePath, cowPath string) (*lookView, error) {
 	}
 	v := &lookView{Reader: pair.device, base: pair.base, close: pair.Close}
 	v.stored = func() ([]block.Extent, error) { return storedExtents(pair.device) }
-	return v.cut(c)
+	return v.cut(c, basePath)
 }
 
 // sameBase looks at some places that the server's overlay does not hold: there
@@ -176,7 +176,7 @@ func dialLook(c *cli.Context, address string) (*lookView, error) {
 		return nil, err
 	}
 	v := &lookView{Reader: server, stored: server.Stored, close: server.Close, live: true}
-	return v.cut(c)
+	return v.cut(c, address)
 }
 
 func isSocket(path string) bool {
@@ -203,14 +203,14 @@ func storedExtents(d block.Device) ([]block.Extent, error) {
 	return out, nil
 }
 
-// cut narrows the view to the partition that was chosen.
-func (v *lookView) cut(c *cli.Context) (*lookView, error) {
+// cut narrows the view of name to the partition that was chosen.
+func (v *lookView) cut(c *cli.Context, name string) (*lookView, error) {
 	if !c.IsSet("partition") {
 		return v, nil
 	}
 	p, err := files.Choose(v.Reader, c.Int("partition"))
 	if err != nil {
-		return nil, errors.Join(err, v.close())
+		return nil, errors.Join(fmt.Errorf("%s: %w", name, err), v.close())
 	}
 	v.off, v.Reader = p.Off, p.In(v.Reader)
 	if v.base != nil {
