@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"net/netip"
 	"os"
 	"strings"
 	"sync/atomic"
@@ -436,6 +437,24 @@ func TestAllowed(t *testing.T) {
 		defer r.mu.Unlock()
 		return len(r.log) == 1 && strings.Contains(r.log[0], "is not allowed")
 	})
+}
+
+func TestAllowedNets(t *testing.T) {
+	exports := []nbdserver.Export{{Device: newMemDevice(testSize)}}
+	for network, allowed := range map[string]bool{"127.0.0.0/8": true, "0.0.0.0/0": true, "10.0.0.0/8": false, "::/0": false} {
+		r := serve(t, nbdserver.Config{Exports: exports, AllowNets: []netip.Prefix{netip.MustParsePrefix(network)}})
+		nc, err := net.Dial("tcp", r.listen("tcp", "127.0.0.1:0").String())
+		check(t, err)
+		t.Cleanup(func() { nc.Close() })
+		if !allowed {
+			expectEnd(t, nbdclient.Raw(nc))
+			continue
+		}
+		c, err := nbdclient.Greet(nc)
+		check(t, err)
+		stillTalks(t, c)
+		stillTalks(t, r.greet()) // unix sockets have no network
+	}
 }
 
 // A client that is killed in the middle of anything leaves nothing behind.
