@@ -207,8 +207,11 @@ func TestIntoFreesZeros(t *testing.T) {
 // TestIntoCrash takes crashes of both files at steps all over a merge.
 func TestIntoCrash(t *testing.T) {
 	seeds, every := uint64(4), 3
-	if os.Getenv("COWDEV_LONG") != "" {
+	switch {
+	case os.Getenv("COWDEV_LONG") != "":
 		seeds, every = 200, 1
+	case testing.Short():
+		seeds = 1
 	}
 	states := 0
 	for seed := range seeds {
