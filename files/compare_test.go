@@ -67,6 +67,64 @@ func checkPair(t *testing.T, p pairOf) {
 	checkLayer(t, p, flat)
 }
 
+// A byte that changed without any mark in the file's inode, as by an overlay
+// that was taken between the write of data and that of metadata, is found.
+func TestCompareUnmarked(t *testing.T) {
+	rng := newRand(t)
+	dir := plainTree(t, rng, 200)
+	p := pairOf{old: blank(t, 16<<20), new: filepath.Join(t.TempDir(), "new.img")}
+	run(t, "mke2fs", "-q", "-F", "-t", "ext4", "-d", dir, p.old)
+	run(t, "cp", p.old, p.new)
+	root, err := openImage(t, p.old).Root()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var names []string
+	var places []Place
+	err = Walk("/", root, func(name string, f File) error {
+		if found, err := Places(f); err == nil && f.Attr().Mode.IsRegular() && len(found) > 0 {
+			names, places = append(names, name), append(places, found[0])
+		}
+		return nil
+	})
+	if err != nil || len(names) == 0 {
+		t.Fatalf("%d files with content, %v", len(names), err)
+	}
+	i := rng.IntN(len(names))
+	w, err := os.OpenFile(p.new, os.O_RDWR, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer w.Close()
+	b := make([]byte, 1)
+	if _, err := w.ReadAt(b, places[i].Start); err != nil {
+		t.Fatal(err)
+	}
+	b[0]++
+	if _, err := w.WriteAt(b, places[i].Start); err != nil {
+		t.Fatal(err)
+	}
+	p.changed = differences(t, p.old, p.new)
+	r := compareBothWays(t, p, false)
+	if len(r.Changes) != 1 || r.Changes[0].Path != names[i] || r.Changes[0].Bytes != 1 || r.Changes[0].Differ != Content {
+		t.Errorf("changes are %q, expected one byte of %s", describe(r.Changes), names[i])
+	}
+}
+
+// File systems that were made apart are compared wholly.
+func TestCompareApart(t *testing.T) {
+	rng := newRand(t)
+	images := [2]string{}
+	for i := range images {
+		images[i] = blank(t, int64(8+8*i)<<20)
+		run(t, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "1024", "-d", plainTree(t, rng, 30), images[i])
+	}
+	r, err := Compare(openImage(t, images[0]), openImage(t, images[1]), Options{})
+	if err != nil || r.Fast || len(r.Changes) == 0 {
+		t.Errorf("%+v, %v: expected changes found by comparing all", r, err)
+	}
+}
+
 // TestCompareLong does as TestCompare with random features, sizes and numbers,
 // COWDEV_LONG times.
 func TestCompareLong(t *testing.T) {
