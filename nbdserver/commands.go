@@ -83,10 +83,10 @@ func (c *conn) readHere(r *request) error {
 	if err := c.flush(); err != nil {
 		return err
 	}
-	p := c.batch().space(int(r.n))
-	if err := c.enter(); err != nil {
+	if err := c.enter(); err != nil { // before there is a batch, which it may send
 		return err
 	}
+	p := c.batch().space(int(r.n))
 	err := readFull(c.export.Device, p, r.off)
 	if c.in.pending() {
 		c.company = companyStays
@@ -255,7 +255,7 @@ func (c *conn) blockStatus(r *request, payload uint64) error {
 	j := newJob(c, r)
 	j.contexts = c.contexts
 	if r.flags&nbd.CmdFlagPayloadLen == 0 {
-		return c.start(j, 0)
+		return c.start(j, statusBytes)
 	}
 	if payload > maxInlineWrite {
 		j.free()
@@ -272,5 +272,5 @@ func (c *conn) blockStatus(r *request, payload uint64) error {
 		return nil
 	}
 	j.contexts = chosen
-	return c.start(j, 0)
+	return c.start(j, statusBytes)
 }

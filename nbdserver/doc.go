@@ -21,7 +21,7 @@
 //
 // What may take long goes to a worker (job) and is answered when it is done,
 // out of order, as NBD allows: a READ of bytes that are not known to be in
-// memory or of more than 1 MiB, a change with FUA and a FLUSH when something
+// memory, unless it is small and alone, or of more than 1 MiB, a change with FUA and a FLUSH when something
 // else waits or flushes have been slow, a large TRIM or WRITE_ZEROES, CACHE,
 // BLOCK_STATUS, and any change to a device that says MayBlock. So a slow
 // request holds up nobody, on its own connection or another, until its

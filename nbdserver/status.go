@@ -9,7 +9,11 @@ import (
 
 // maxExtents is how many extents of the device one BLOCK_STATUS looks at. A
 // client that wants more asks again behind the last.
-const maxExtents = 8192
+const maxExtents = 2048
+
+// statusBytes is the memory that one BLOCK_STATUS may take: the extents, and
+// for each context their runs and the descriptors of the reply.
+const statusBytes = maxExtents * (32 + 2*(16+16))
 
 // maxExtentsOne is the same for REQ_ONE: enough to see most runs that differ
 // in one context only as the one extent that they are in the other.

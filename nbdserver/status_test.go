@@ -88,7 +88,7 @@ func TestBlockStatusLong(t *testing.T) {
 				off += int64(one.N)
 			}
 		}
-		if off != testSize || calls > 20 {
+		if off != testSize || calls > 40 {
 			t.Errorf("%v: %d bytes told of in %d replies", s, off, calls)
 		}
 	}
