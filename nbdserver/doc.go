@@ -20,12 +20,12 @@
 // copied: the vectors point to where it lies. Nothing is allocated per request.
 //
 // What may take long goes to a worker (job) and is answered when it is done,
-// out of order, as NBD allows: a READ of bytes that are not known to be in
-// memory, unless it is small and alone, or of more than 1 MiB, a change with FUA and a FLUSH when something
-// else waits or flushes have been slow, a large TRIM or WRITE_ZEROES, CACHE,
-// BLOCK_STATUS, and any change to a device that says MayBlock. So a slow
-// request holds up nobody, on its own connection or another, until its
-// connection has 64 of them.
+// out of order, as NBD allows: a READ of more than 1 MiB, or of bytes that are
+// not known to be in memory unless it is small and alone; a change with FUA
+// and a FLUSH when something else waits or flushes have been slow; a large
+// TRIM or WRITE_ZEROES; CACHE and BLOCK_STATUS; and any change to a device
+// that says MayBlock. So a slow request holds up nobody, on its own connection
+// or another, until its connection has 64 of them.
 //
 // # Rules
 //
