@@ -19,7 +19,11 @@ type client struct {
 }
 
 func (c *client) run() {
-	for range 1 + c.rng.IntN(c.w.cfg.Steps) {
+	steps := 1 + c.rng.IntN(c.w.cfg.Steps)
+	if c.w.decided() {
+		steps = c.w.cfg.Steps
+	}
+	for range steps {
 		if c.w.over() {
 			return
 		}

@@ -3,6 +3,7 @@ package crash
 import (
 	"fmt"
 	"io"
+	"time"
 
 	"github.com/cowdev/cowdev/block"
 	"github.com/cowdev/cowdev/cow"
@@ -51,24 +52,33 @@ type Session interface {
 }
 
 // memoryHost runs the device in this process.
-type memoryHost struct{ base []byte }
+type memoryHost struct {
+	base     []byte
+	sessions int
+}
 
-func (h memoryHost) Params(*exception.Params) error { return nil }
+func (h *memoryHost) Params(*exception.Params) error { return nil }
 
-func (h memoryHost) NewMemory() exception.Memory { return NewMemory() }
+func (h *memoryHost) NewMemory() exception.Memory { return NewMemory() }
 
-func (h memoryHost) Start(f *disktest.File, m exception.Memory) (Session, error) {
-	s, dev, err := open(h.base, f, m, false)
+func (h *memoryHost) Start(f *disktest.File, m exception.Memory) (Session, error) {
+	h.sessions++
+	o := exception.Options{Memory: m}
+	if h.sessions%5 == 0 {
+		o.Interval = time.Millisecond // commits of its own
+	}
+	s, dev, err := open(h.base, f, o)
 	if err != nil {
 		return nil, err
 	}
-	return &memorySession{m.(*Memory), s, dev}, nil
+	return &memorySession{mem: m.(*Memory), store: s, dev: dev}, nil
 }
 
 type memorySession struct {
 	mem   *Memory
 	store *exception.Store
 	dev   *cow.Device
+	ended bool
 }
 
 func (s *memorySession) Device(int) (block.Device, error) { return s.dev, nil }
@@ -78,6 +88,7 @@ func (s *memorySession) Memory() exception.Memory         { return s.mem.Copy() 
 func (s *memorySession) Die() exception.Memory            { return s.mem.Copy() }
 
 func (s *memorySession) Close() error {
+	s.ended = true
 	if err := s.dev.Close(); err != nil {
 		return err
 	}
@@ -85,15 +96,20 @@ func (s *memorySession) Close() error {
 }
 
 // Bury lets what still runs see that the file is gone.
-func (s *memorySession) Bury() { s.store.Abandon() }
+func (s *memorySession) Bury() {
+	if !s.ended {
+		s.ended = true
+		s.store.Abandon()
+	}
+}
 
 // open opens the store in f over a base that reads as base.
-func open(base []byte, f *disktest.File, m exception.Memory, readOnly bool) (*exception.Store, *cow.Device, error) {
-	s, err := exception.Open(f, exception.Options{Memory: m, ReadOnly: readOnly})
+func open(base []byte, f *disktest.File, o exception.Options) (*exception.Store, *cow.Device, error) {
+	s, err := exception.Open(f, o)
 	if err != nil {
 		return nil, nil, fmt.Errorf("open: %w", err)
 	}
-	return s, cow.New(memoryBase(base), s, cow.Options{ReadOnly: readOnly}), nil
+	return s, cow.New(memoryBase(base), s, cow.Options{ReadOnly: o.ReadOnly}), nil
 }
 
 // memoryBase is a base image in memory.

@@ -31,7 +31,7 @@ func (w *world) take(f *disktest.File, m exception.Memory, readOnly bool) (*open
 		}
 	}
 	var err error
-	if o.store, o.dev, err = open(w.base, o.file, m, readOnly); err != nil {
+	if o.store, o.dev, err = open(w.base, o.file, exception.Options{Memory: m, ReadOnly: readOnly}); err != nil {
 		return nil, err
 	}
 	if _, err = o.dev.ReadAt(o.p, 0); err == nil {

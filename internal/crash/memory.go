@@ -4,6 +4,7 @@ import (
 	"maps"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"unsafe"
 
 	"github.com/cowdev/cowdev/exception"
@@ -14,6 +15,7 @@ import (
 type Memory struct {
 	mu    sync.Mutex
 	areas map[exception.UUID]*area
+	full  atomic.Bool
 }
 
 // NewMemory returns an empty memory, as after a boot.
@@ -25,7 +27,7 @@ func (m *Memory) Attach(u exception.UUID, n int64) (exception.Area, error) {
 	defer m.mu.Unlock()
 	a := m.areas[u]
 	if a == nil || int64(len(a.words)) != (n+7)/8 {
-		a = &area{words: make([]atomic.Uint64, (n+7)/8), reserved: make(map[int64]bool)}
+		a = &area{mem: m, words: make([]atomic.Uint64, (n+7)/8), reserved: make(map[int64]bool)}
 		a.forget = func() {
 			m.mu.Lock()
 			defer m.mu.Unlock()
@@ -36,6 +38,22 @@ func (m *Memory) Attach(u exception.UUID, n int64) (exception.Area, error) {
 		m.areas[u] = a
 	}
 	return a, nil
+}
+
+// SetFull makes the memory one that has no more room, or has it again.
+func (m *Memory) SetFull(full bool) { m.full.Store(full) }
+
+// Lasts reports whether every store found room for the word that its live
+// table is good for the next process.
+func (m *Memory) Lasts() bool {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for _, a := range m.areas {
+		if !a.Reserved(0) {
+			return false
+		}
+	}
+	return true
 }
 
 // Copy returns the memory as the next process finds it if the present one
@@ -53,6 +71,7 @@ func (m *Memory) Copy() *Memory {
 
 // An area is the memory of one store.
 type area struct {
+	mem    *Memory
 	words  []atomic.Uint64
 	forget func()
 
@@ -78,6 +97,9 @@ func (a *area) Bytes() []byte {
 func (a *area) Reserve(off int64) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
+	if !a.reserved[off/4096] && a.mem.full.Load() {
+		return syscall.ENOSPC
+	}
 	a.reserved[off/4096] = true
 	return nil
 }

@@ -78,6 +78,18 @@ var mutants = []mutant{
 		new: "",
 	},
 	{
+		name: "close-forgets-the-adopted", breaks: "3b: an orderly close leaves what was taken over in memory alone",
+		file: "exception/store.go", mode: alone,
+		old: "if s.started.Load() || s.adopted {",
+		new: "if s.started.Load() {",
+	},
+	{
+		name: "failed-overwrite-not-dirty", breaks: "3a: what a failed overwrite put in place is read, and not flushed",
+		file: "exception/write.go", mode: alone,
+		old: "s.live.mark(c, touched&e.Stored())",
+		new: "s.live.mark(c, 0)",
+	},
+	{
 		name: "copy-up-from-base", breaks: "4: a zeroed block that is written in part is filled from the base",
 		file: "cow/write.go", mode: alone,
 		old: "r := piece{state: e.State(b), off:",
@@ -166,6 +178,12 @@ var mutants = []mutant{
 		file: "exception/commit.go", mode: failing,
 		old: "return s.fail(\"sync the store\", err)",
 		new: "return nil",
+	},
+	{
+		name: "cache-after-failed-sync", breaks: "R26: cached pages are believed after a failed sync",
+		file: "exception/load.go", mode: failing,
+		old: "if s.header.Clean && !s.live.wasBroken(s.header.UUID) {",
+		new: "if s.header.Clean || s.live.wasBroken(s.header.UUID) {",
 	},
 	{
 		name: "half-read-is-good", breaks: "9: a block that could be read in part is committed with zeros",

@@ -143,7 +143,7 @@ func newWorld(cfg Config) *world {
 	Stamp(w.base, 0, BaseStamp)
 	w.oracle = NewOracle(w.base)
 	if w.cfg.Host == nil {
-		w.cfg.Host = memoryHost{w.base}
+		w.cfg.Host = &memoryHost{base: w.base}
 	}
 	return w
 }
@@ -260,6 +260,11 @@ func (w *world) plan() {
 	if w.cfg.Faults && w.rng.IntN(2) == 0 {
 		w.fault = 1 + w.rng.IntN(30)
 	}
+	full := w.rng.IntN(8) == 0
+	if m, ok := w.mem.(*Memory); ok {
+		m.SetFull(full)
+		w.full = full
+	}
 	if w.rng.IntN(5) == 0 {
 		w.full = true
 		w.stats.FullDisks++
@@ -351,6 +356,9 @@ func (w *world) cut(d Death, real bool) *after {
 		a.file = w.file.Fork(func() { a.mem = w.session.Memory() })
 	}
 	if w.session.Broken() { // and said so: it is not taken over
+		a.rule = Power
+	}
+	if m, ok := a.mem.(*Memory); ok && !m.Lasts() {
 		a.rule = Power
 	}
 	if w.broken { // what is in the page cache is not what is on the disk

@@ -19,7 +19,7 @@ import (
 
 func TestKill(t *testing.T) {
 	const connections = 3
-	rounds := 8
+	rounds := 20
 	if long() {
 		rounds = 300
 	}
