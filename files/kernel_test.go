@@ -110,7 +110,7 @@ func makePair(t testing.TB, rng *rand.Rand, size int64, files, changes int, uncl
 		run(t, "cp", "--sparse=always", p.old, mounted)
 	}
 	dir, unmount = mount(t, mounted, "user_xattr,acl")
-	m.top = dir
+	m.top, m.known = dir, nil
 	m.age() // so that what is written from here has other times
 	for range changes {
 		m.change()
@@ -153,6 +153,14 @@ type mutator struct {
 	rng *rand.Rand
 	top string
 	n   int
+
+	known []found // what is in the tree; nil when that has to be looked up
+}
+
+// found is a path in the tree and what it is.
+type found struct {
+	path string
+	mode fs.FileMode
 }
 
 // check ends the test on an error; a full file system is none.
@@ -186,18 +194,29 @@ func (m *mutator) name() string {
 
 // paths lists what is in the tree, of the kinds that keep accepts.
 func (m *mutator) paths(keep func(fs.FileMode) bool) []string {
+	if m.known == nil {
+		m.look()
+	}
 	var out []string
-	err := filepath.WalkDir(m.top, func(p string, e fs.DirEntry, err error) error {
+	for _, f := range m.known {
+		if keep(f.mode) {
+			out = append(out, f.path)
+		}
+	}
+	return out
+}
+
+func (m *mutator) look() {
+	m.known = []found{}
+	m.check(filepath.WalkDir(m.top, func(p string, e fs.DirEntry, err error) error {
 		if err == nil && filepath.Base(p) == "lost+found" {
 			return fs.SkipDir
 		}
-		if err == nil && p != m.top && keep(e.Type()) {
-			out = append(out, p)
+		if err == nil && p != m.top {
+			m.known = append(m.known, found{p, e.Type()})
 		}
 		return err
-	})
-	m.check(err)
-	return out
+	}))
 }
 
 func (m *mutator) pick(paths []string) string {
@@ -243,6 +262,9 @@ func (m *mutator) create() {
 		m.check(f.Close())
 	default:
 		m.check(os.WriteFile(name, randomBytes(m.rng, m.rng.IntN(20000)), 0o644))
+	}
+	if info, err := os.Lstat(name); err == nil && m.known != nil {
+		m.known = append(m.known, found{name, info.Mode().Type()})
 	}
 }
 
@@ -354,6 +376,7 @@ func (m *mutator) dropXattr() {
 func (m *mutator) remove() {
 	if name := m.pick(m.paths(func(mode fs.FileMode) bool { return !mode.IsDir() })); name != "" {
 		m.check(os.Remove(name))
+		m.known = nil
 	}
 }
 
@@ -366,6 +389,7 @@ func (m *mutator) removeTree() {
 		}
 		if below, err := filepath.Glob(name + "/*"); err == nil && len(below) < 4 {
 			m.check(os.RemoveAll(name))
+			m.known = nil
 			return
 		}
 	}
@@ -378,6 +402,7 @@ func (m *mutator) rename() {
 		return
 	}
 	m.check(os.Rename(name, filepath.Join(to, m.name())))
+	m.known = nil
 }
 
 // relink points a symbolic link elsewhere.
