@@ -41,6 +41,24 @@ type Area interface {
 	Release(keep bool) error
 }
 
+// A Peeker is a Memory that can be looked at.
+type Peeker interface {
+	// Peek returns a copy, on the heap, of the n bytes that an earlier process
+	// left for the store u, or zeros. It changes nothing.
+	Peek(u UUID, n int64) (Area, error)
+}
+
+// copyOf is the memory of a store that is only read: what a dead process had
+// acknowledged is seen, and left for the next that writes.
+type copyOf struct{ m Memory }
+
+func (c copyOf) Attach(u UUID, n int64) (Area, error) {
+	if p, ok := c.m.(Peeker); ok {
+		return p.Peek(u, n)
+	}
+	return Heap{}.Attach(u, n)
+}
+
 // Heap is a Memory that dies with the process.
 type Heap struct{}
 

@@ -40,16 +40,23 @@ func open(f disk.File, o Options) (*Store, error) {
 		// take more memory than the file has bytes.
 		return nil, fmt.Errorf("%w: the file has %d bytes, its table and log end at %d", ErrCorrupt, size, h.slotsOff())
 	}
-	if o.Memory == nil || o.ReadOnly {
+	if o.Memory == nil {
 		o.Memory = Heap{}
+	}
+	if o.ReadOnly {
+		o.Memory = copyOf{o.Memory}
 	}
 	s := newStore(f, h, o)
 	s.believe(h, copies)
 	if s.live, err = newLive(o.Memory, h.UUID, h.Chunks()); err != nil {
 		return nil, fmt.Errorf("memory for %d chunks: %w", h.Chunks(), err)
 	}
-	s.adopted = !o.ReadOnly && !h.Clean && s.live.valid(h.UUID, h.epoch)
-	if !s.adopted && !o.ReadOnly {
+	s.adopted = !h.Clean && s.live.valid(h.UUID, h.epoch)
+	switch {
+	case s.adopted:
+	case o.ReadOnly:
+		s.live.forget() // in its copy
+	default:
 		err = s.distrust()
 	}
 	if err == nil {
@@ -141,6 +148,12 @@ func readSuper(f disk.File) (*Header, []superCopy, error) {
 // load fills the live and the committed table from the file's table and log,
 // or takes over what a dead process left.
 func (s *Store) load() error {
+	if s.opts.ReadOnly && s.adopted {
+		// The copy of the live table is all there is to know; the table itself
+		// is left for the next session that writes.
+		s.adopted = false
+		return nil
+	}
 	ld := &loader{s: s, pages: make(map[int64]bool)}
 	if !s.opts.ReadOnly {
 		if !s.adopted {

@@ -1,6 +1,7 @@
 package exception
 
 import (
+	"errors"
 	"fmt"
 	"io"
 	"os"
@@ -64,6 +65,57 @@ func (m Shared) Attach(u UUID, n int64) (Area, error) {
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return a, nil
+}
+
+// Peek implements Peeker.
+func (m Shared) Peek(u UUID, n int64) (Area, error) {
+	area, err := Heap{}.Attach(u, n)
+	if err != nil {
+		return nil, err
+	}
+	f, err := os.OpenFile(m.Path(u), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	if errors.Is(err, os.ErrNotExist) {
+		return area, nil
+	}
+	if err != nil {
+		return nil, errors.Join(err, area.Release(false))
+	}
+	defer f.Close()
+	if err := copyArea(area, f, n); err != nil {
+		return nil, errors.Join(fmt.Errorf("%s: %w", m.Path(u), err), area.Release(false))
+	}
+	return area, nil
+}
+
+// copyArea fills the area from f, if that has the area's size and is a file of
+// our own.
+func copyArea(a Area, f *os.File, n int64) error {
+	var st unix.Stat_t
+	fd := int(f.Fd())
+	if err := unix.Fstat(fd, &st); err != nil {
+		return err
+	}
+	if st.Uid != uint32(os.Geteuid()) || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != n {
+		return nil // nothing that a process of ours left
+	}
+	for off := int64(0); off < n; off += pageSize {
+		data, err := unix.Seek(fd, off, unix.SEEK_DATA)
+		if err == unix.ENXIO {
+			break
+		}
+		if err != nil {
+			return err
+		}
+		off = data / pageSize * pageSize
+		page := a.Bytes()[off:min(off+pageSize, n)]
+		if _, err := f.ReadAt(page, off); err != nil {
+			return err
+		}
+		if err := a.Reserve(off); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 type sharedArea struct {

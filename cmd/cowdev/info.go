@@ -86,7 +86,11 @@ func openLooking(path string) (*exception.Store, *disk.OS, error) {
 		if err != nil {
 			return nil, nil, err
 		}
-		s, err := exception.Open(f, exception.Options{ReadOnly: true})
+		o := exception.Options{ReadOnly: true}
+		if len(f.Holders()) == 0 {
+			o.Memory = exception.Shared{} // what a dead server had acknowledged
+		}
+		s, err := exception.Open(f, o)
 		if err == nil {
 			return s, f, nil
 		}

@@ -68,8 +68,8 @@ var mutants = []mutant{
 	{
 		name: "forget-the-dead", breaks: "3b, R4: the live table of a dead process is not taken over",
 		file: "exception/load.go", mode: alone,
-		old: "s.adopted = !o.ReadOnly && !h.Clean &&",
-		new: "s.adopted = false && !o.ReadOnly && !h.Clean &&",
+		old: "s.adopted = !h.Clean &&",
+		new: "s.adopted = false && !h.Clean &&",
 	},
 	{
 		name: "replay-over-cache", breaks: "3b, R4: inline data of the log goes over newer data in the page cache",
