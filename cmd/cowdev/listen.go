@@ -32,13 +32,12 @@ type listener struct {
 
 // listenConfig says where to listen.
 type listenConfig struct {
-	sockets  []string // absolute paths
-	mode     fs.FileMode
-	gid      int // of the sockets; -1 as it comes
-	tcp      []*net.TCPAddr
-	export   string
-	tls      bool // in the URIs
-	insecure bool
+	sockets []string // absolute paths
+	mode    fs.FileMode
+	gid     int // of the sockets; -1 as it comes
+	tcp     []*net.TCPAddr
+	export  string
+	tls     bool // in the URIs
 }
 
 // listenAll opens every listener, or none.

@@ -11,6 +11,7 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+	"sync"
 	"syscall"
 	"time"
 
@@ -320,22 +321,9 @@ func serve(c *cli.Context, sc serveConfig) (err error) {
 	for _, l := range listeners {
 		go func() { ended <- server.Serve(l) }()
 	}
-	for _, l := range listeners {
-		fmt.Fprintf(c.App.Writer, "ready: %s\n", l.uri)
-	}
-	for _, l := range listeners {
-		fmt.Fprintf(c.App.ErrWriter, "cowdev: attach it: %s\n", l.hint)
-	}
-	digest := digestWhileIdle(c, view, sc, server)
-	defer digest.stop()
-	if sc.cow != "" && !sc.view.readOnly {
-		watching := make(chan struct{})
-		go func() {
-			defer close(watching)
-			watchRoom(stop.ctx, view.store, sc.cow, func(format string, args ...any) { warn(c, format, args...) })
-		}()
-		defer func() { stop.cancel(); <-watching }()
-	}
+	tellListeners(c, listeners)
+	endBackground := sc.background(stop.ctx, c, view, server)
+	defer endBackground()
 
 	select {
 	case <-stop.ctx.Done():
@@ -345,6 +333,46 @@ func serve(c *cli.Context, sc serveConfig) (err error) {
 	// Writes that wait for room would wait for ever.
 	view.device.Release()
 	return errors.Join(err, server.Shutdown(context.Background()))
+}
+
+// tellListeners tells where clients connect, and how.
+func tellListeners(c *cli.Context, listeners []listener) {
+	for _, l := range listeners {
+		fmt.Fprintf(c.App.Writer, "ready: %s\n", l.uri)
+	}
+	for _, l := range listeners {
+		fmt.Fprintf(c.App.ErrWriter, "cowdev: attach it: %s\n", l.hint)
+	}
+}
+
+// background begins what a server does beside serving, and returns what ends
+// that and waits for it.
+func (sc *serveConfig) background(ctx context.Context, c *cli.Context, v *view, server *nbdserver.Server) (end func()) {
+	ctx, cancel := context.WithCancel(ctx)
+	var running sync.WaitGroup
+	if sc.cow != "" && !sc.view.readOnly {
+		running.Go(func() {
+			watchRoom(ctx, v.store, sc.cow, func(format string, args ...any) { warn(c, format, args...) })
+		})
+	}
+	if sc.wantsDigest(v) {
+		running.Go(func() {
+			if err := v.learnDigest(ctx, idleWaiter(server)); err != nil && ctx.Err() == nil {
+				warn(c, "full digest of %s: %v", sc.base, err)
+			}
+		})
+	}
+	return func() {
+		cancel()
+		running.Wait()
+	}
+}
+
+// wantsDigest reports whether the base's full digest is not known, and can be
+// kept.
+func (sc *serveConfig) wantsDigest(v *view) bool {
+	return sc.view.look == image.DigestFull && v.identity.Full == nil && v.identity.Sample != nil &&
+		!sc.view.temporary && !v.device.ReadOnly() && v.store.Header().State == exception.Active
 }
 
 func (sc *serveConfig) newServer(c *cli.Context, v *view, certs *nbdserver.Certificates) (*nbdserver.Server, error) {
@@ -391,35 +419,4 @@ func (s *stopper) end() {
 	signal.Stop(s.signals)
 	close(s.signals)
 	s.cancel()
-}
-
-// digestJob computes the base's full digest beside a server.
-type digestJob struct {
-	cancel context.CancelFunc
-	done   chan struct{}
-}
-
-func (j digestJob) stop() {
-	j.cancel()
-	<-j.done
-}
-
-// digestWhileIdle begins to compute the base's full digest, while no request
-// comes, where it is not known and can be kept.
-func digestWhileIdle(c *cli.Context, v *view, sc serveConfig, server *nbdserver.Server) digestJob {
-	ctx, cancel := context.WithCancel(context.Background())
-	j := digestJob{cancel, make(chan struct{})}
-	needed := sc.view.look == image.DigestFull && v.identity.Full == nil && v.identity.Sample != nil &&
-		!sc.view.temporary && !v.device.ReadOnly() && v.store.Header().State == exception.Active
-	if !needed {
-		close(j.done)
-		return j
-	}
-	go func() {
-		defer close(j.done)
-		if err := v.learnDigest(ctx, idleWaiter(server)); err != nil && ctx.Err() == nil {
-			warn(c, "full digest of %s: %v", sc.base, err)
-		}
-	}()
-	return j
 }
