@@ -286,7 +286,7 @@ func TestEveryBitFlip(t *testing.T) {
 		end := 128<<10 + 4096 + 64<<10 + 32<<10
 		refused, corrected, last := 0, 0, 0
 		for bit := 0; bit < end*8; bit++ {
-			if image[bit/8] == 0 && bit%(8*251) != 0 {
+			if image[bit/8] == 0 && bit%(8*251) != 0 || testing.Short() && bit%7 != 0 {
 				continue // a bit here and there of the zeros will do
 			}
 			image[bit/8] ^= 1 << (bit % 8)
