@@ -31,7 +31,7 @@ func (s Status) String() string { return statusNames[s] }
 func (s Status) MarshalText() ([]byte, error) { return []byte(s.String()), nil }
 
 // Aspect is a set of the things in which two files differ.
-type Aspect uint8
+type Aspect uint16
 
 // The aspects of a difference.
 const (
@@ -43,9 +43,10 @@ const (
 	Group
 	Time   // of modification
 	Xattrs // extended attributes, ACLs among them
+	Links  // which other paths are names of the same file
 )
 
-var aspectNames = [...]string{"content", "target", "device", "mode", "owner", "group", "mtime", "xattrs"}
+var aspectNames = [...]string{"content", "target", "device", "mode", "owner", "group", "mtime", "xattrs", "links"}
 
 // Names returns the aspects in a.
 func (a Aspect) Names() []string {
@@ -71,12 +72,12 @@ type Change struct {
 	Status Status
 	Path   string // in the new tree, of a removed file in the old one
 	From   string // the path in the old tree, where it is another one
-	LinkTo string // of an added path: another one, sorted before, of the same file
+	LinkTo string // where the new file is told by another path already: that path
 	Differ Aspect // of a file that is in both
 
 	// Bytes is how many bytes of a regular file's content changed: those that
 	// differ and those beyond the shorter content; all of an added or removed
-	// file's, but 0 of an added link to a file that is counted elsewhere.
+	// file's. A file with several paths counts at one of them.
 	Bytes int64
 
 	Old, New File // nil in a tree that has no such file
@@ -100,21 +101,21 @@ func (c *Change) String() string {
 		name = Quote(c.From) + " -> " + name
 	}
 	var notes []string
-	switch {
-	case c.LinkTo != "":
+	differ := c.Differ
+	if c.LinkTo != "" {
 		notes = append(notes, "link to "+Quote(c.LinkTo))
-	case c.Status == Added || c.Status == Removed:
-		if mode := c.Attr().Mode; !mode.IsRegular() {
-			notes = append(notes, TypeName(mode))
-		} else {
+	} else if differ&Content != 0 {
+		notes = append(notes, fmt.Sprintf("%d bytes", c.Bytes))
+		differ &^= Content
+	}
+	if differ != 0 {
+		notes = append(notes, differ.String())
+	}
+	if mode := c.Attr().Mode; len(notes) == 0 && (c.Status == Added || c.Status == Removed) {
+		if mode.IsRegular() {
 			notes = append(notes, fmt.Sprintf("%d bytes", c.Attr().Size))
-		}
-	default:
-		if c.Differ&Content != 0 {
-			notes = append(notes, fmt.Sprintf("%d bytes", c.Bytes))
-		}
-		if rest := c.Differ &^ Content; rest != 0 {
-			notes = append(notes, rest.String())
+		} else {
+			notes = append(notes, TypeName(mode))
 		}
 	}
 	if len(notes) == 0 {

@@ -82,6 +82,7 @@ type comparer struct {
 	links   map[uint64][]string   // new paths of files with several
 	seen    map[[2]uint64]bool    // pairs of directories that were entered
 	judged  map[[2]uint64]verdict // pairs of files that have several paths
+	shared  [2]map[uint64]shared  // files with several paths, in either tree
 	lonely  [2]map[uint64]bool    // directories entered in one tree alone
 }
 
@@ -104,12 +105,16 @@ func (c *comparer) pair(name string, a, b File, depth int) error {
 	if err != nil {
 		return fmt.Errorf("compare %s: %w", name, err)
 	}
+	linkTo, relinked := c.relinked(name, a, b)
+	if relinked {
+		v.differ |= Links
+	}
 	if v.differ != 0 {
 		status := Attributes
 		if v.differ&contents != 0 {
 			status = Modified
 		}
-		c.changes = append(c.changes, &Change{Status: status, Path: name, Differ: v.differ, Bytes: v.bytes, Old: a, New: b})
+		c.changes = append(c.changes, &Change{Status: status, Path: name, LinkTo: linkTo, Differ: v.differ, Bytes: v.bytes, Old: a, New: b})
 	}
 	if !a.Attr().Mode.IsDir() {
 		return nil
@@ -120,6 +125,40 @@ func (c *comparer) pair(name string, a, b File, depth int) error {
 	}
 	c.seen[ids] = true
 	return c.directories(name, a, b, depth)
+}
+
+// shared is the first path at which a file with several was met in both
+// trees, and the file's number in the other tree.
+type shared struct {
+	path  string
+	other uint64
+}
+
+// relinked reports whether the file of a path in both trees shares it with
+// other paths in one of them only: with linkTo in the new tree, or with some
+// path in the old one that has another file now.
+func (c *comparer) relinked(name string, a, b File) (linkTo string, relinked bool) {
+	x, y := a.Attr(), b.Attr()
+	if !c.sameIDs || x.Mode.IsDir() || x.Links < 2 && y.Links < 2 {
+		return "", false
+	}
+	ids := [2]uint64{x.ID, y.ID}
+	for tree := range ids {
+		if c.shared[tree] == nil {
+			c.shared[tree] = map[uint64]shared{}
+		}
+		first, met := c.shared[tree][ids[tree]]
+		switch {
+		case !met:
+			c.shared[tree][ids[tree]] = shared{name, ids[1-tree]}
+		case first.other != ids[1-tree]:
+			relinked = true
+			if tree == 1 {
+				linkTo = first.path
+			}
+		}
+	}
+	return linkTo, relinked
 }
 
 // directories compares what two directories of one path hold.
@@ -255,9 +294,9 @@ func (c *comparer) content(a, b File) (int64, error) {
 	return n + max(x, y) - min(x, y), err
 }
 
-// countLinksOnce gives every added path of a file but its first one a LinkTo,
-// and lets the bytes of a file with several paths count once: none for a
-// removed path of a file that is still there.
+// countLinksOnce lets the bytes of a file with several paths count at one of
+// them, and gives the others a LinkTo. A removed path of a file that is still
+// there counts nothing.
 func (c *comparer) countLinksOnce(new extFS) error {
 	if err := c.findOtherLinks(new); err != nil {
 		return err
@@ -265,7 +304,7 @@ func (c *comparer) countLinksOnce(new extFS) error {
 	for _, paths := range c.links {
 		slices.SortFunc(paths, comparePaths)
 	}
-	counted := map[identity]bool{}
+	removed, modified := map[identity]bool{}, map[uint64]string{}
 	for _, ch := range c.changes {
 		a := ch.Attr()
 		switch {
@@ -274,10 +313,16 @@ func (c *comparer) countLinksOnce(new extFS) error {
 			ch.LinkTo, ch.Bytes = c.links[a.ID][0], 0
 		case ch.Status == Removed:
 			id := identityOf(ch.Old)
-			if counted[id] || new.has(id) {
+			if removed[id] || new.has(id) {
 				ch.Bytes = 0
 			}
-			counted[id] = true
+			removed[id] = true
+		case ch.Status == Modified:
+			if first, ok := modified[a.ID]; ok {
+				ch.LinkTo, ch.Bytes = first, 0
+				break
+			}
+			modified[a.ID] = ch.Path
 		}
 	}
 	return nil
