@@ -51,7 +51,7 @@ func (s *Store) append(flags uint32, runs []run, data []byte) error {
 	if err := s.makeRoom(n); err != nil {
 		return err
 	}
-	if l.head.pos+n > s.logEnd(n) {
+	if l.head.pos+n > s.logEnd() {
 		if err := s.put(&record{flags: flagPad}, pageSize, nil); err != nil {
 			return err
 		}
@@ -72,33 +72,48 @@ func (s *Store) skipToStart() {
 	l.mu.Unlock()
 }
 
-// logEnd extends the written zone so that a record of n bytes and a page fit
-// behind the head, if it can, and returns where the zone ends for a record:
-// a page before its end, unless that is the log's.
-func (s *Store) logEnd(n int64) int64 {
+// extendLog extends the written zone so that a record of n bytes and a page
+// fit behind the head, if there is room. The zone is durable before it is
+// used: an append to it need not allocate anything then.
+func (s *Store) extendLog(n int64) error {
 	l := &s.log
 	for l.written < s.shape.logLen && l.head.pos+n+pageSize > l.written {
-		step := min(logStep, s.shape.logLen-l.written)
-		if err := fill(s.file, s.shape.logOff()+l.written, step); err != nil {
-			// No room, or worse: what has been written must do.
+		at, step := s.shape.logOff()+l.written, min(logStep, s.shape.logLen-l.written)
+		// A full disk is met by this write, which says nothing of others.
+		if err := fill(s.file, at, step); err != nil {
 			s.logf("extend the log: %v; it stays at %d bytes", err, l.written)
-			return l.written - pageSize
+			return nil
+		}
+		if err := s.file.WriteSync(zeroStep[:step], at); err != nil {
+			return s.fail("extend the log", err)
 		}
 		l.written += step
 	}
-	if l.written == s.shape.logLen {
-		return l.written
-	}
-	return l.written - pageSize
+	return nil
 }
 
-// makeRoom waits until a record of n bytes, and the pages skipped before it,
+// zeroStep is what the log is extended by; never written, it takes no memory.
+var zeroStep [logStep]byte
+
+// logEnd returns where the written zone ends for a record: a page before its
+// end, unless that is the log's.
+func (s *Store) logEnd() int64 {
+	if s.log.written == s.shape.logLen {
+		return s.log.written
+	}
+	return s.log.written - pageSize
+}
+
+// makeRoom extends the log and waits until a record of n bytes, and the pages skipped before it,
 // fit into the log.
 func (s *Store) makeRoom(n int64) error {
 	l := &s.log
+	if err := s.extendLog(n); err != nil {
+		return err
+	}
 	for range 3 {
 		skip := int64(0)
-		if l.head.pos+n > s.logEnd(n) {
+		if l.head.pos+n > s.logEnd() {
 			skip = s.shape.logLen - l.head.pos
 		}
 		if l.used()+skip+n <= s.shape.logLen {

@@ -4,6 +4,7 @@ import (
 	"crypto/rand"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 
 	"github.com/cowdev/cowdev/block"
@@ -95,6 +96,14 @@ func (s *Store) begin() error {
 	s.log.applied, s.log.tail = s.log.head, s.log.head
 	if s.log.written, err = s.writtenLog(); err != nil {
 		return fullError(err)
+	}
+	size, err := s.file.Size()
+	if err != nil {
+		return err
+	}
+	s.sized.Store(size)
+	if s.opts.Capacity > 0 {
+		s.sized.Store(math.MaxInt64) // a device has the size that it has
 	}
 	if err := s.live.setValid(s.shape.UUID, epoch); err != nil {
 		// Only the death of the process is worse for it.

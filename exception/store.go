@@ -186,6 +186,9 @@ type Store struct {
 
 	grown atomic.Uint64 // writes that made a block stored
 
+	sizeMu sync.Mutex
+	sized  atomic.Int64 // the file's size, or more where it is not set ahead
+
 	holesMu sync.Mutex
 	holes   map[block.Chunk]block.Mask // zeroed blocks of slots that stay owned, to be punched
 

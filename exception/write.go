@@ -2,6 +2,7 @@ package exception
 
 import (
 	"fmt"
+	"math"
 	"math/bits"
 	"slices"
 
@@ -39,6 +40,7 @@ func (s *Store) Put(c block.Chunk, off int, p []byte) error {
 		if slot, err = s.slots.take(); err != nil {
 			return err
 		}
+		s.grow(slot)
 	}
 	at := s.slotsOff + int64(slot-1)*int64(s.geo.ChunkSize) + int64(off)
 	if touched&^e.Stored() == 0 && s.overwrite != nil && len(p) <= maxOverwrite && s.overwrite(p, at) {
@@ -62,6 +64,32 @@ func (s *Store) Put(c block.Chunk, off int, p []byte) error {
 	}
 	s.live.mark(c, touched)
 	return nil
+}
+
+// growBy is how far ahead of need the file's size is set, in bytes: a sync
+// after a write that changed the size writes the inode too.
+const growBy = 16 << 20
+
+// grow sets the file's size ahead of slot, which was just taken and is not
+// written yet. Every write so far lies below the size that it sets, since a
+// slot beyond came through here first. Where the size cannot be set, writes
+// change it as they come.
+func (s *Store) grow(slot uint32) {
+	end := s.slotsOff + int64(slot)*int64(s.geo.ChunkSize)
+	if end <= s.sized.Load() {
+		return
+	}
+	s.sizeMu.Lock()
+	defer s.sizeMu.Unlock()
+	most := s.slotsOff + s.geo.Chunks()*int64(s.geo.ChunkSize) // unless dropped slots wait
+	size := max(end, min(end+growBy, most))
+	switch {
+	case end <= s.sized.Load():
+	case s.file.Truncate(size) == nil:
+		s.sized.Store(size)
+	default:
+		s.sized.Store(math.MaxInt64)
+	}
 }
 
 // Zero makes the blocks m of chunk c read as zeros, and gives up the space of
