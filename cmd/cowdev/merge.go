@@ -115,7 +115,7 @@ func (v *view) mergeInto(ctx context.Context, c *cli.Context, cowPath string, pl
 	}
 	err := merge.Into(ctx, v.base.Disk(), v.store, mo)
 	if err != nil {
-		err = fmt.Errorf("%w (%s is half merged and usable only with %s until merge is run again)", err, v.base.Path(), cowPath)
+		err = fmt.Errorf("%w (%s)", err, halfMerged(v.base.Path(), cowPath))
 	}
 	return err
 }

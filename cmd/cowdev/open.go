@@ -326,10 +326,18 @@ func (v *view) recognise(ctx context.Context, c *cli.Context, cowPath string, o 
 		return fmt.Errorf("%w (store %s)", err, cowPath)
 	}
 	if h.State == exception.Merging {
+		if !o.writable {
+			warn(c, "%s", halfMerged(v.base.Path(), cowPath))
+		}
 		v.identity = was
 		return nil
 	}
 	return v.remember(was)
+}
+
+// halfMerged says what a base is after a merge that was interrupted.
+func halfMerged(basePath, cowPath string) string {
+	return fmt.Sprintf("%s is half merged and usable only with %s until merge is run again", basePath, cowPath)
 }
 
 // excepted reports whether the store has an exception in [off, off+n).
