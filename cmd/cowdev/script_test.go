@@ -47,7 +47,7 @@ func TestMain(m *testing.M) {
 func TestScripts(t *testing.T) {
 	testscript.Run(t, testscript.Params{
 		Dir:      "testdata/script",
-		Deadline: time.Now().Add(3 * patience),
+		Deadline: time.Now().Add(6 * patience),
 		Cmds: map[string]func(*testscript.TestScript, bool, []string){
 			"image": scriptImage, "poke": scriptPoke, "refuse": scriptRefuse, "status": scriptStatus,
 			"ready": scriptReady, "nbd": scriptNBD, "same": scriptSame,
