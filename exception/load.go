@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"slices"
 	"time"
 
 	"github.com/cowdev/cowdev/block"
@@ -135,14 +136,21 @@ func readSuper(f disk.File) (*Header, []superCopy, error) {
 	if best != nil {
 		return best, copies, nil
 	}
-	for _, kind := range []error{ErrVersion, ErrCorrupt, ErrNotStore} {
+	kinds := []error{ErrVersion, ErrCorrupt, ErrNotStore}
+	for _, c := range copies {
+		known := func(kind error) bool { return errors.Is(c.err, kind) }
+		if !slices.ContainsFunc(kinds, known) { // what cannot be read may be sound
+			return nil, copies, fmt.Errorf("read the superblock at %d: %w", c.at, c.err)
+		}
+	}
+	for _, kind := range kinds {
 		for _, c := range copies {
 			if errors.Is(c.err, kind) {
 				return nil, copies, c.err
 			}
 		}
 	}
-	return nil, copies, copies[0].err
+	panic("exception: a superblock neither good nor bad")
 }
 
 // load fills the live and the committed table from the file's table and log,
@@ -201,9 +209,7 @@ func (s *Store) distrust() error {
 	if s.header.Clean && !s.live.wasBroken(s.header.UUID) {
 		return nil
 	}
-	if d, ok := s.file.(interface{ DropCache() error }); ok {
-		d.DropCache()
-	}
+	dropCache(s.file, 0, 0)
 	h, copies, err := readSuper(s.file)
 	if err != nil {
 		return err
@@ -213,6 +219,33 @@ func (s *Store) distrust() error {
 	}
 	s.believe(h, copies)
 	return nil
+}
+
+// findBelieved finds the better superblock again, on the disk: the one that
+// Open took may be in the page cache alone, after a sync that failed in a
+// process which could leave no word of it.
+func (s *Store) findBelieved() error {
+	for _, at := range []int64{superA, superB} {
+		dropCache(s.file, at, pageSize)
+	}
+	h, copies, err := readSuper(s.file)
+	if err != nil {
+		return err
+	}
+	for _, c := range copies {
+		if c.header == h {
+			s.believed = c.at
+		}
+	}
+	return nil
+}
+
+// dropCache makes [off, off+n) of f be read from the disk again; to the end
+// where n is 0.
+func dropCache(f disk.File, off, n int64) {
+	if d, ok := f.(interface{ DropCache(off, n int64) error }); ok {
+		d.DropCache(off, n)
+	}
 }
 
 // loader is the state of one load.

@@ -77,6 +77,8 @@ func (s *Store) begin() error {
 		}
 	} else if err := s.sync(); err != nil { // the superblocks themselves may be a dead process's (R13)
 		return err
+	} else if err := s.findBelieved(); err != nil {
+		return err
 	}
 	var r [8]byte
 	rand.Read(r[:])

@@ -269,10 +269,10 @@ func (o *OS) seek(off int64, whence int, size, unknown int64) (int64, error) {
 	return 0, o.fail("look for data", off, err)
 }
 
-// DropCache makes what is read from now on come from the disk, where no page of
-// it waits to be written.
-func (o *OS) DropCache() error {
-	return retry(func() error { return unix.Fadvise(o.fd, 0, 0, unix.FADV_DONTNEED) })
+// DropCache makes what is read of [off, off+n) from now on come from the disk,
+// where no page of it waits to be written. n may be 0 for all that follows off.
+func (o *OS) DropCache(off, n int64) error {
+	return retry(func() error { return unix.Fadvise(o.fd, off, n, unix.FADV_DONTNEED) })
 }
 
 // Lock takes a flock, shared or exclusive, without waiting; one that o holds

@@ -91,12 +91,22 @@ func (f *File) copy(also func()) *File {
 	}
 }
 
-// DropCache forgets the cached pages that count as clean: what a failed Sync
-// did not bring to the disk reads as it was before.
-func (f *File) DropCache() error {
+// DropCache forgets the cached pages of [off, off+n) that count as clean: what
+// a failed Sync did not bring to the disk reads as it was before. n may be 0
+// for all that follows off.
+func (f *File) DropCache(off, n int64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	f.revive()
+	if n == 0 {
+		n = max(0, f.size-off)
+	}
+	disk, size := f.durable.clone(), f.durSize
+	for _, c := range f.pending {
+		c.apply(&disk, &size)
+	}
+	p := make([]byte, n)
+	disk.read(p, off)
+	f.view.put(f.view.widen(p, off))
 	return nil
 }
 

@@ -285,7 +285,7 @@ func TestFailedSync(t *testing.T) {
 			t.Fatalf("reads %q, the cache has bb", got)
 		}
 		after := letters(f.Crash(rng(seed)).Bytes())
-		if f.DropCache(); letters(f.Bytes()) != after {
+		if f.DropCache(0, 0); letters(f.Bytes()) != after {
 			t.Fatalf("evicted file reads %q, the disk has %q", letters(f.Bytes()), after)
 		}
 		if after != "bb" {

@@ -167,12 +167,13 @@ func (c change) part(from, to int64) change {
 }
 
 // doom makes each chosen change durable or forgets it, by chance: the kernel
-// holds its pages for clean.
+// holds its pages for clean. A size is no page: it stays pending, since a
+// filesystem that cannot write its own structures stops altogether.
 func (f *File) doom(chosen func(*change) bool) {
 	rest := make([]change, 0, len(f.pending))
 	for i := range f.pending {
 		c := &f.pending[i]
-		if !chosen(c) {
+		if !chosen(c) || c.kind == resize {
 			rest = append(rest, *c)
 			continue
 		}
