@@ -31,7 +31,8 @@ const (
 	alone   = "clients=1,faults=false"
 	failing = "clients=1,faults=true"
 	crowd   = "clients=3,faults=false"
-	each    = "each"
+	each    = "each"  // each_test.go
+	found   = "found" // found_test.go
 )
 
 var mutants = []mutant{
@@ -186,6 +187,12 @@ var mutants = []mutant{
 		new: "if s.header.Clean || s.live.wasBroken(s.header.UUID) {",
 	},
 	{
+		name: "good-superblock-from-cache", breaks: "R16, R26: the good superblock is chosen from the cache, after a failed sync without a word",
+		file: "exception/recover.go", mode: found,
+		old: "} else if err := s.findBelieved(); err != nil {",
+		new: "} else if err := error(nil); err != nil {",
+	},
+	{
 		name: "half-read-is-good", breaks: "9: a block that could be read in part is committed with zeros",
 		file: "exception/commit.go", mode: failing,
 		old: "if err != nil && (err != io.EOF || got == 0) {",
@@ -277,8 +284,11 @@ func (m mutant) walk(t *testing.T) (string, error) {
 
 // tests returns the pattern of the tests of a mode.
 func tests(mode string) string {
-	if mode == each {
+	switch mode {
+	case each:
 		return "TestDieAtEachStep|TestFailEachOperation"
+	case found:
+		return "TestFound"
 	}
 	return "TestWalks/" + mode
 }
@@ -301,7 +311,7 @@ func run(limit time.Duration, name string, args ...string) (string, error) {
 
 // violation returns what the walks found. A store that panics is caught too.
 func violation(out string) (string, bool) {
-	for _, mark := range []string{"seed ", "panic: "} {
+	for _, mark := range []string{"seed ", "power cut in ", "panic: "} {
 		if _, rest, found := strings.Cut(out, mark); found {
 			line, _, _ := strings.Cut(rest, "\n")
 			return mark + line, true
