@@ -2,7 +2,7 @@
 // that a server which does no work sets.
 //
 //	bench run      the whole matrix: results.json, and docs/benchmarks.md made of it
-//	bench report   docs/benchmarks.md again, from results.json
+//	bench report   docs/benchmarks.md again, from a results.json
 //	bench load     one job on one server (JSON on stdin; package load)
 //	bench limit    the limit server (package limit)
 //

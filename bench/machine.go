@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"os"
 	"runtime"
+	"strconv"
 	"strings"
 	"time"
 
@@ -48,6 +49,22 @@ func awaitQuiet(limit float64, patience time.Duration) {
 			return
 		}
 	}
+}
+
+// diskWritten returns the bytes written to all disks since the boot, by
+// everybody.
+func diskWritten() int64 {
+	b, _ := os.ReadFile("/proc/diskstats")
+	var bytes int64
+	for line := range strings.Lines(string(b)) {
+		f := strings.Fields(line)
+		if len(f) < 10 || strings.HasPrefix(f[2], "loop") || strings.HasPrefix(f[2], "zram") || strings.HasPrefix(f[2], "ram") {
+			continue
+		}
+		sectors, _ := strconv.ParseInt(f[9], 10, 64)
+		bytes += sectors * 512
+	}
+	return bytes
 }
 
 // raisePriority lets this process and those that it starts go first, where it

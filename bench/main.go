@@ -22,6 +22,11 @@ func run(args []string) error {
 	switch verb, args := args[0], args[1:]; verb {
 	case "run":
 		return runMatrix(args)
+	case "report":
+		if len(args) != 2 {
+			return fmt.Errorf("report: expected results.json and the directory of the documents")
+		}
+		return writeReport(args[0], args[1])
 	case "load":
 		return load.Main(os.Stdin, os.Stdout)
 	case "limit":

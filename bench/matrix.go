@@ -54,11 +54,18 @@ func rows() []Row {
 	all = append(all, randomWrites()...)
 	all = append(all, syncedWrites()...)
 	all = append(all, coldReads()...)
-	return append(all, Row{
-		ID: "trim1m", Title: "TRIM of 1 MiB, depth 4", Fresh: true,
-		Job:     load.Job{Op: load.Trim, Block: mib, Depth: 4, Conns: 1, Once: true, Count: baseSize / mib},
-		Targets: map[peer.Family]Target{peer.Qemu: {5, 0}},
-	})
+	return append(all, trims()...)
+}
+
+func trims() []Row {
+	trim := func(id, title string, state State, size int64) Row {
+		return Row{
+			ID: id, Title: "TRIM of 1 MiB of " + title + ", depth 4", State: state, Fresh: true,
+			Job:     load.Job{Op: load.Trim, Block: mib, Depth: 4, Conns: 1, Once: true, Range: size, Count: size / mib},
+			Targets: map[peer.Family]Target{peer.Qemu: {5, 0}},
+		}
+	}
+	return []Row{trim("trim-over", "the overlay", Full, overSize), trim("trim-base", "the base", Empty, baseSize)}
 }
 
 func randomReads() []Row {
@@ -156,8 +163,10 @@ func syncedWrites() []Row {
 			Targets: map[peer.Family]Target{peer.Qemu: t},
 		}
 	}
+	each := first(1, 1, Target{4, 7})
+	each.Targets[peer.Disk] = Target{0.8, 0}
 	return []Row{
-		first(1, 1, Target{4, 7}), first(1, 4, Target{4, 6}), first(8, 1, Target{3.2, 5}),
+		each, first(1, 4, Target{4, 6}), first(8, 1, Target{3.2, 5}),
 		over(1, Target{1.3, 1.8}), over(8, Target{1.3, 1.6}),
 	}
 }

@@ -9,7 +9,10 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/cowdev/cowdev/bench/load"
 	"github.com/cowdev/cowdev/bench/peer"
@@ -57,7 +60,47 @@ func (b *bench) round(n int, rows []Row) ([]Sample, error) {
 			samples = append(samples, s...)
 		}
 	}
+	if slices.ContainsFunc(rows, func(r Row) bool { return r.Synced }) {
+		s, err := b.appends(n)
+		if err != nil {
+			return nil, err
+		}
+		samples = append(samples, s)
+	}
 	return samples, nil
+}
+
+// appends measures how many records of 8 KiB a second the disk takes when each
+// is made durable by itself, the cheapest way that there is: a synchronous
+// write of the page cache into a zone that was written before.
+func (b *bench) appends(round int) (Sample, error) {
+	const record, zone = 8 * kib, 16 * mib
+	s := Sample{Row: "flush1-first-x1", Server: string(peer.Disk), Round: round}
+	f, err := os.Create(filepath.Join(b.dir, "appends"))
+	if err != nil {
+		return s, err
+	}
+	defer os.Remove(f.Name())
+	defer f.Close()
+	p := make([]byte, zone)
+	newFiller().Read(p)
+	if _, err := f.Write(p); err != nil {
+		return s, err
+	}
+	if err := f.Sync(); err != nil {
+		return s, err
+	}
+	awaitQuiet(b.quiet, b.patient)
+	began := time.Now()
+	for s.Result.Seconds < b.seconds {
+		at := s.Result.Requests * record % zone
+		if _, err := unix.Pwritev2(int(f.Fd()), [][]byte{p[at : at+record]}, at, unix.RWF_DSYNC); err != nil {
+			return s, err
+		}
+		s.Result.Requests++
+		s.Result.Seconds = time.Since(began).Seconds()
+	}
+	return s, nil
 }
 
 // server runs the rows that suit a server: those that share a state share a
@@ -121,6 +164,9 @@ func (b *bench) once(k *peer.Kind, round int, r Row) (s Sample, err error) {
 		}
 		return dropCache(b.base)
 	}, func(srv *peer.Server) error {
+		if err := b.prepare(srv, r.State); err != nil {
+			return err
+		}
 		awaitQuiet(b.quiet, b.patient)
 		s, err = b.sample(srv, round, r)
 		return err

@@ -21,6 +21,7 @@ type Results struct {
 	Commands []string
 	Seconds  float64 // of each row
 	Samples  []Sample
+	Extras   []Extra
 }
 
 // versions asks every program for its version.
@@ -81,6 +82,9 @@ func figureOf(rounds map[int]float64) Figure {
 
 // best returns the member of a family that does a row best, or "".
 func (r *Results) best(row *Row, f peer.Family) string {
+	if f == peer.Disk {
+		return string(f)
+	}
 	name, best := "", 0.0
 	for _, k := range peer.Kinds(peer.Tools{}) {
 		if k.Family != f {
@@ -106,13 +110,13 @@ func (r *Results) ratio(row *Row, server string) Figure {
 }
 
 // families are those that targets are set against, in the order of the tables.
-var families = []peer.Family{peer.Qemu, peer.Nbdkit, peer.Limit}
+var families = []peer.Family{peer.Qemu, peer.Nbdkit, peer.Limit, peer.Disk}
 
 // printRatios prints a line for each row: the figure, and the ratios with
 // their targets.
 func (r *Results) printRatios(w io.Writer) error {
 	t := tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)
-	fmt.Fprintln(t, "row\tcowdev\tCPU us\tp99 us\tagainst qemu-nbd\tagainst nbdkit cow\tof the limit")
+	fmt.Fprintln(t, "row\tcowdev\tCPU us\tp99 us\tagainst qemu-nbd\tagainst nbdkit cow\tof the limit\tof the disk")
 	for _, row := range rows() {
 		ours := figureOf(r.figures(&row, "cowdev"))
 		if ours.Median == 0 {
@@ -149,6 +153,9 @@ func (r *Results) against(row *Row, f peer.Family) string {
 		return ""
 	}
 	ratio := r.ratio(row, best).Median
+	if ratio == 0 {
+		return ""
+	}
 	target, has := row.Targets[f]
 	if !has {
 		return fmt.Sprintf("%.2fx", ratio)
@@ -179,4 +186,3 @@ func (r *Row) show(v float64) string {
 	}
 	return fmt.Sprintf("%.0f/s", v)
 }
-func (r *Results) writeDocs(string) error { return nil }

@@ -89,8 +89,25 @@ func runMatrix(args []string) error {
 			return err
 		}
 	}
+	if f.quick || f.rows != "" && f.rows != trialsOnly {
+		return f.report(&res)
+	}
+	for n := range min(f.rounds, trialRounds) {
+		b.logf("trials, round %d", n+1)
+		extras, err := b.trials(n)
+		if err != nil {
+			return err
+		}
+		res.Extras = append(res.Extras, extras...)
+		if err := res.save(f.out); err != nil {
+			return err
+		}
+	}
 	return f.report(&res)
 }
+
+// trialsOnly is what -rows says for no rows, but the trials.
+const trialsOnly = "trials"
 
 // newBench chooses servers and rows, and makes the directory of the run.
 func (f *runFlags) newBench() (*bench, []Row, error) {
@@ -141,6 +158,19 @@ func (f *runFlags) report(res *Results) error {
 		return err
 	}
 	return res.writeDocs(f.docs)
+}
+
+// writeReport makes the document again from what a run saved.
+func writeReport(results, docs string) error {
+	b, err := os.ReadFile(results)
+	if err != nil {
+		return err
+	}
+	var res Results
+	if err := json.Unmarshal(b, &res); err != nil {
+		return err
+	}
+	return res.writeDocs(docs)
 }
 
 // newFiller returns a source of bytes that cannot be compressed, the same in

@@ -93,7 +93,7 @@ func (c *conn) allocate() {
 	c.iov = make([]unix.Iovec, 0, 2*depth)
 	reply := nbd.SimpleReplySize
 	if c.job.Op == Read {
-		reply += int(c.job.Block)
+		reply += int(c.job.Part)
 	}
 	c.in = make([]byte, max(reply, min(max(1<<20, reply*depth), 8<<20)))
 	for i := range c.in { // its pages exist before the clock runs
@@ -107,7 +107,7 @@ func (c *conn) allocate() {
 // payload is the memory that every write takes its bytes from, by its offset:
 // none of its blocks is compressible or zero.
 func payload(j *Job) []byte {
-	p := make([]byte, payloadSpread+j.Block)
+	p := make([]byte, payloadSpread+j.Part)
 	x := mix(j.Seed)
 	for i := 0; i+8 <= len(p); i += 8 {
 		x = mix(x)
@@ -121,7 +121,7 @@ const payloadSpread = 1 << 20
 // written returns what a write at off writes.
 func (c *conn) written(off int64) []byte {
 	at := off % payloadSpread
-	return c.payload[at : at+c.job.Block]
+	return c.payload[at : at+c.job.Part]
 }
 
 // run issues requests until the job ends, and takes their replies.
@@ -154,7 +154,7 @@ func (c *conn) issue() {
 		c.free = c.free[:len(c.free)-1]
 		s := &c.slots[n]
 		*s = slot{sent: now, kind: kinds[c.job.Op]}
-		length := c.job.Block
+		length := c.job.Part
 		if c.job.FlushEvery > 0 && c.unflush >= c.job.FlushEvery {
 			s.kind, c.unflush = nbd.CmdFlush, 0
 		} else {
@@ -296,7 +296,7 @@ func (c *conn) take() (got int, err error) {
 		failed := binary.BigEndian.Uint32(p[4:]) != 0
 		length := nbd.SimpleReplySize
 		if s.kind == nbd.CmdRead && !failed {
-			length += int(c.job.Block)
+			length += int(c.job.Part)
 		}
 		if len(p) < length {
 			break

@@ -23,7 +23,8 @@ type Job struct {
 	Export string `json:",omitempty"`
 
 	Op         Op
-	Block      int64 // of a request, and what offsets are multiples of
+	Block      int64 // of a request, and what its offset is a multiple of
+	Part       int64 `json:",omitempty"` // bytes of a request where they are fewer
 	Depth      int   // requests under way on each connection
 	Conns      int
 	Sequential bool  `json:",omitempty"` // each connection goes through a part of its own, again and again
@@ -48,6 +49,9 @@ func (j *Job) check() error {
 		return fmt.Errorf("block of %d bytes, depth %d, %d connections: expected more than nothing", j.Block, j.Depth, j.Conns)
 	case j.Seconds <= 0 && j.Count <= 0:
 		return fmt.Errorf("expected seconds or a count")
+	}
+	if j.Part == 0 {
+		j.Part = j.Block
 	}
 	return nil
 }

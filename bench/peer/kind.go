@@ -18,6 +18,7 @@ const (
 	NbdServer Family = "nbd-server"
 	NoOverlay Family = "nbdkit file" // serves the base itself, read-only
 	Limit     Family = "limit"
+	Disk      Family = "disk" // no server: the disk's own best synced append
 )
 
 // Files are what a server works on.
@@ -34,6 +35,7 @@ type Kind struct {
 	Family Family
 	Create func(Files) []string // the command that makes the overlay; nil where there is none to make
 	Serve  func(Files) []string
+	Merge  func(Files) []string // brings the overlay into the base; nil where that cannot be done
 
 	Forgets  bool // the overlay ends with the server, and FLUSH syncs nothing
 	PerConn  bool // each connection has an overlay of its own
@@ -59,6 +61,7 @@ func Kinds(t Tools) []Kind {
 			Serve: func(f Files) []string {
 				return []string{t.Cowdev, "serve", f.Base, f.Overlay, "--socket", f.Socket}
 			},
+			Merge: func(f Files) []string { return []string{t.Cowdev, "merge", "--quiet", f.Base, f.Overlay} },
 		},
 		qemu("qemu", "", "--cache=writeback"),
 		qemu("qemu-ext-uring", "extended_l2=on,cluster_size=128k", "--cache=writeback", "--aio=io_uring"),
@@ -96,9 +99,10 @@ func qemu(name, options string, flags ...string) Kind {
 			return append(cmd, f.Overlay)
 		},
 		Serve: func(f Files) []string {
-			cmd := append([]string{"qemu-nbd", "--persistent", "--shared=16", "--format=qcow2"}, flags...)
+			cmd := append([]string{"qemu-nbd", "--persistent", "--shared=16", "--format=qcow2", "--discard=unmap"}, flags...)
 			return append(cmd, "--socket="+f.Socket, f.Overlay)
 		},
+		Merge: func(f Files) []string { return []string{"qemu-img", "commit", "-q", "-d", f.Overlay} },
 	}
 }
 

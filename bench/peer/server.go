@@ -191,20 +191,5 @@ func (s *Server) status(key string) int64 {
 	return 0
 }
 
-// Written returns the bytes that the server has had written to disks.
-func (s *Server) Written() int64 {
-	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/io", s.pid))
-	if err != nil {
-		return 0
-	}
-	for line := range strings.Lines(string(b)) {
-		if rest, ok := strings.CutPrefix(line, "write_bytes: "); ok {
-			n, _ := strconv.ParseInt(strings.TrimSpace(rest), 10, 64)
-			return n
-		}
-	}
-	return 0
-}
-
 // Remove deletes the server's files.
 func (f Files) Remove() error { return os.RemoveAll(f.Dir) }
