@@ -5,6 +5,9 @@ GO ?= go
 # The program is one static file; only the race detector needs C.
 export CGO_ENABLED = 0
 
+# The longest come first, so that the others run beside them.
+TEST = ./test/vm ./test/crash ./...
+
 # Packages whose concurrency is also run under the race detector, in short.
 RACE = ./internal/disk ./image ./exception ./cow ./nbdserver ./merge
 
@@ -26,7 +29,7 @@ test:
 	@scripts/phase build $(GO) build ./...
 	@scripts/phase vet $(GO) vet ./...
 	@scripts/phase demo $(MAKE) -s demo
-	@scripts/phase test scripts/with-tmpdir $(GO) test -p 2 -timeout 8m ./...
+	@scripts/phase test scripts/with-tmpdir $(GO) test -p 2 -timeout 8m $(TEST)
 	@CGO_ENABLED=1 scripts/phase race scripts/with-tmpdir $(GO) test -race -short -p 2 -timeout 5m $(RACE)
 	@scripts/phase end
 
@@ -38,7 +41,7 @@ vet:
 	@test -z "$$(gofmt -l .)" || { gofmt -l .; exit 1; }
 
 unit:
-	scripts/with-tmpdir $(GO) test -timeout 8m ./...
+	scripts/with-tmpdir $(GO) test -timeout 8m $(TEST)
 
 race:
 	CGO_ENABLED=1 scripts/with-tmpdir $(GO) test -race -short -timeout 8m $(RACE)
