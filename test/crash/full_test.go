@@ -286,14 +286,14 @@ func TestFullDiskMerge(t *testing.T) {
 	}
 	c.base = base
 	ballast := fill(t, c.dir)
-	out, err := command(patience, program, "merge", "--quiet", "--format=raw", base, c.store)
+	out, err := command(patience, program, "merge", "--quiet", "--format=raw", "--base-digest=sample", base, c.store)
 	if err == nil || !strings.Contains(out, "no space") {
 		t.Fatalf("merge without room: %v\n%s", err, out)
 	}
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := command(patience, program, "merge", "--quiet", "--format=raw", base, c.store); err != nil {
+	if out, err := command(patience, program, "merge", "--quiet", "--format=raw", "--base-digest=sample", base, c.store); err != nil {
 		t.Fatalf("merge taken up again: %v\n%s", err, out)
 	}
 	p, err := os.ReadFile(base)
