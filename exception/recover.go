@@ -111,8 +111,26 @@ func (s *Store) begin() error {
 		// Only the death of the process is worse for it.
 		s.logf("memory for the live table: %v; changes that are not flushed die with the process", err)
 	}
+	if !s.shape.Clean {
+		s.punchLeftovers(size)
+	}
 	s.started.Store(true)
 	return nil
+}
+
+// punchLeftovers gives back the space of slots that nobody has, in a file of
+// size bytes: a process that died had taken them and not said so, or had given
+// them up and not punched them. Nothing durable names them by now, and nobody
+// has taken one yet.
+func (s *Store) punchLeftovers(size int64) {
+	free := slices.Clone(s.slots.free)
+	slices.Sort(free)
+	s.punchSlots(free)
+	if end := s.slotsOff + int64(s.slots.next-1)*int64(s.geo.ChunkSize); end < size {
+		if data, err := s.file.NextData(end); err != nil || data < size {
+			s.punch(end, size-end)
+		}
+	}
 }
 
 // writtenLog returns how far from its beginning the log has its room. The log
