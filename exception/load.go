@@ -253,6 +253,7 @@ type loader struct {
 	s     *Store
 	into  words
 	pages map[int64]bool // pages of the table that hold, or held, an entry
+	noted int64          // the last that was put there, and one; 0 at first
 }
 
 // put sets the entry of chunk c, which came from what.
@@ -261,7 +262,11 @@ func (ld *loader) put(c block.Chunk, e Entry) {
 		ld.s.live.reserve(c) // the heap's, which never fails
 	}
 	ld.into[c].Store(uint64(e))
-	ld.pages[int64(c)/pageEntries] = true
+	// Entries come by pages, and a million look-ups would be slower than the rest.
+	if n := int64(c)/pageEntries + 1; n != ld.noted {
+		ld.noted = n
+		ld.pages[n-1] = true
+	}
 }
 
 // table reads the file's table.
