@@ -25,7 +25,6 @@ done
 exec > "$out" 2>&1 < /dev/null
 
 cd /job
-cp /proc/uptime /tmp/booted
 echo ready
 bash /job/run.sh
 echo "exit $?"
