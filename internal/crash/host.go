@@ -55,6 +55,7 @@ type Session interface {
 // memoryHost runs the device in this process.
 type memoryHost struct {
 	base     []byte
+	commits  bool // some sessions commit by themselves
 	sessions int
 }
 
@@ -65,8 +66,8 @@ func (h *memoryHost) NewMemory() exception.Memory { return NewMemory() }
 func (h *memoryHost) Start(f *disktest.File, m exception.Memory) (Session, error) {
 	h.sessions++
 	o := exception.Options{Memory: m}
-	if h.sessions%5 == 0 {
-		o.Interval = time.Millisecond // commits of its own
+	if h.commits && h.sessions%5 == 0 {
+		o.Interval = time.Millisecond
 	}
 	s, dev, err := open(h.base, f, o)
 	if err != nil {

@@ -101,7 +101,7 @@ func newWorld(cfg Config) *world {
 	Stamp(w.base, 0, BaseStamp)
 	w.oracle = NewOracle(w.base)
 	if w.cfg.Host == nil {
-		w.cfg.Host = &memoryHost{base: w.base}
+		w.cfg.Host = &memoryHost{base: w.base, commits: cfg.Clients > 1}
 	}
 	return w
 }
