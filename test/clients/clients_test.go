@@ -197,14 +197,19 @@ h.shutdown()
 func TestNbdsh(t *testing.T) {
 	overTransports(t, func(t *testing.T, s *served) {
 		script := strings.ReplaceAll(nbdshScript, "SIZE", fmt.Sprint(baseSize))
-		// Debian's Python has the module nbd; another that comes first may not.
-		python := "/usr/bin/python3"
-		if _, err := os.Stat(python); err != nil {
-			python = "python3"
-		}
 		connect := fmt.Sprintf("h.add_meta_context('base:allocation'); h.add_meta_context('cowdev:source'); h.connect_uri(%q)", s.uri)
-		run(t, python, "-m", "nbd", "-c", connect, "-c", script)
+		run(t, python(), "-m", "nbd", "-c", connect, "-c", script)
 	})
+}
+
+// python returns Debian's Python, which has the module nbd; another that comes
+// first may not.
+func python() string {
+	const debians = "/usr/bin/python3"
+	if _, err := os.Stat(debians); err == nil {
+		return debians
+	}
+	return "python3"
 }
 
 // nbd-client lists exports without the kernel.

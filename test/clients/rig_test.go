@@ -99,11 +99,24 @@ type served struct {
 // serve starts cowdev serve with more flags and waits until it is ready.
 func serve(t *testing.T, flags ...string) *served {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "c") // short, for the socket
+	base := filepath.Join(shortDir(t), "base.img")
+	writeBase(t, base)
+	return serveBase(t, base, flags...)
+}
+
+// shortDir returns a directory whose name leaves room for that of a socket.
+func shortDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "c")
 	check(t, err)
 	t.Cleanup(func() { os.RemoveAll(dir) })
-	s := &served{base: filepath.Join(dir, "base.img"), cow: filepath.Join(dir, "cow.img")}
-	writeBase(t, s.base)
+	return dir
+}
+
+// serveBase is serve of a base that is there.
+func serveBase(t *testing.T, base string, flags ...string) *served {
+	t.Helper()
+	s := &served{base: base, cow: filepath.Join(shortDir(t), "cow.img")}
 	s.cmd = command(t, binary, append([]string{"serve", s.base, s.cow, "--handshake-timeout", patience.String()}, flags...)...)
 	var stderr bytes.Buffer
 	s.cmd.Stderr = &stderr
