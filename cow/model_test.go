@@ -1,5 +1,5 @@
-// Random changes, closes, deaths of the process and power cuts on one device,
-// held against a plain slice of bytes after each step.
+// Random changes, merges, closes, deaths of the process and power cuts on one
+// device, held against a plain slice of bytes after each step.
 package cow_test
 
 import (
@@ -14,6 +14,7 @@ import (
 	"github.com/cowdev/cowdev/exception"
 	"github.com/cowdev/cowdev/internal/crash"
 	"github.com/cowdev/cowdev/internal/disktest"
+	"github.com/cowdev/cowdev/merge"
 )
 
 var seedFlag = flag.Uint64("seed", 0, "run only this seed of the random test")
@@ -31,6 +32,14 @@ func (b base) ReadAt(p []byte, off int64) (int, error) {
 	}
 	return n, nil
 }
+
+// mergeable is a base that can be merged into.
+type mergeable struct {
+	*disktest.File
+	size int64
+}
+
+func (m mergeable) Size() int64 { return m.size }
 
 func TestDeviceAgainstBytes(t *testing.T) {
 	seeds := []uint64{*seedFlag}
@@ -51,11 +60,11 @@ func TestDeviceAgainstBytes(t *testing.T) {
 func walk(t *testing.T, seed uint64) {
 	rng := rand.New(rand.NewPCG(seed, 1))
 	geo := block.Geometry{Size: int64(8192*12 - rng.IntN(9000)), ChunkSize: 8192}
-	origin := make(base, geo.Size)
-	for i := range origin {
-		origin[i] = byte(rng.Uint32())
+	want := make([]byte, geo.Size)
+	for i := range want {
+		want[i] = byte(rng.Uint32())
 	}
-	want := bytes.Clone(origin)
+	origin := mergeable{disktest.FromBytes(seed, want), geo.Size}
 	file := disktest.New(seed)
 	if err := exception.Create(file, exception.Params{Geometry: geo, LogSize: 32 << 10}); err != nil {
 		t.Fatal(err)
@@ -112,6 +121,14 @@ func walk(t *testing.T, seed uint64) {
 			clear(want[off : off+n])
 		case k < 17:
 			err = d.Flush()
+		case k == 17 && rng.IntN(3) == 0:
+			err = merge.Into(t.Context(), origin.File, d.Store(), merge.Options{
+				Identify: func() ([]byte, error) { return nil, nil },
+			})
+			merged := make([]byte, geo.Size)
+			if _, e := origin.File.ReadAt(merged, 0); e != nil || !bytes.Equal(merged, want) {
+				t.Fatalf("seed %d: the merged base differs from the device before (error %v)", seed, e)
+			}
 		case k == 17:
 			if err = d.Store().Close(); err != nil {
 				break
