@@ -26,11 +26,12 @@ demo: build
 # slow machine shows where it was slow.
 test:
 	@scripts/phase packages scripts/install-test-packages
+	@scripts/phase modules scripts/download-modules
 	@scripts/phase build $(GO) build ./...
 	@scripts/phase vet $(GO) vet ./...
 	@scripts/phase demo $(MAKE) -s demo
 	@scripts/phase test scripts/with-tmpdir $(GO) test -p 2 -timeout 8m $(TEST)
-	@CGO_ENABLED=1 scripts/phase race scripts/with-tmpdir $(GO) test -race -short -p 2 -timeout 5m $(RACE)
+	@CGO_ENABLED=1 scripts/phase race scripts/with-tmpdir $(GO) test -race -short -p 2 -timeout 8m $(RACE)
 	@scripts/phase end
 
 packages:
