@@ -423,10 +423,13 @@ func (d *doctor) liveTables(stores map[string]bool) {
 	names, _ := filepath.Glob(prefix + "*")
 	var strange []string // of stores that nobody has named
 	for _, name := range names {
-		if inUse(name) {
+		uuid := strings.TrimPrefix(name, prefix)
+		// What is told of an attached device cures its store too.
+		attached := slices.ContainsFunc(d.states, func(s *attach.State) bool { return s.UUID == uuid })
+		if attached || inUse(name) {
 			continue
 		}
-		if info := byUUID[strings.TrimPrefix(name, prefix)]; info == nil {
+		if info := byUUID[uuid]; info == nil {
 			strange = append(strange, name)
 		} else if len(info.ServedBy) == 0 {
 			d.find(info.File, problem, "serve or attach it once more before the next boot", nil)

@@ -46,12 +46,11 @@ one() {
 
 # clean_up gets rid of what a failed scenario left.
 clean_up() {
-	umount -f /mnt /mnt2 2>/dev/null
 	killall -9 cowdev fio 2>/dev/null
-	sleep 1
-	for d in /sys/block/nbd*; do
+	for d in /sys/block/nbd*; do # or an unmount would wait for a server
 		[ -e "$d/pid" ] && nbd-client -d "/dev/${d##*/}" > /dev/null 2>&1
 	done
+	umount -l /mnt 2>/dev/null
 	rm -rf /run/cowdev /dev/shm/cowdev-* $W/*
 }
 
