@@ -91,13 +91,13 @@ func (r *report) line(line string) {
 // server is killed and replaced. guest/attach.sh has the scenarios.
 func TestKernelDevices(t *testing.T) {
 	names := []string{
-		"nbd_client_ext4", "survive_ext4", "survive_xfs", "mount_umount_merge", "gone_for_good",
+		"nbd_client_ext4", "survive_ext4", "survive_xfs", "mount_umount_merge", "resume", "gone_for_good",
 		"first_write_keeps_identity", "partition", "bad_input", "many_devices",
 	}
 	n := numbers{rounds: 1, attaches: 1, devices: 4, limit: 60, budget: 45}
 	limit := guestLimit
 	if long {
-		names = append(names, "resume", "nbd_client_xfs", "nbd_client_btrfs", "nbd_client_vfat")
+		names = append(names, "nbd_client_xfs", "nbd_client_btrfs", "nbd_client_vfat")
 		n = numbers{rounds: 20, attaches: 100, devices: 10, limit: 3000, budget: 3 * 3600, strict: 1}
 		limit = 4 * time.Hour
 	}

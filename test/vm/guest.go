@@ -119,9 +119,7 @@ func (img *Image) args(initrd, console string, o Options) []string {
 		"-M", "q35,sata=off,smbus=off,usb=off,vmport=off,graphics=off",
 		"-accel", "tcg,thread=multi", "-cpu", "max", "-smp", "2", "-m", strconv.Itoa(memory),
 		"-kernel", img.kernel, "-initrd", initrd,
-		// The processor's own clock is calibrated at boot, and on a busy host so
-		// badly that it runs twenty times too fast.
-		"-append", "console=ttyS0 rdinit=/init reboot=t panic=-1 quiet loglevel=6 mitigations=off random.trust_cpu=on tsc=unstable clocksource=hpet",
+		"-append", "console=ttyS0 rdinit=/init reboot=t panic=-1 quiet loglevel=6 mitigations=off random.trust_cpu=on tsc=reliable",
 		"-nodefaults", "-no-user-config", "-display", "none", "-no-reboot",
 		"-serial", "file:" + console,
 		"-device", "virtio-rng-pci", "-device", "virtio-serial-pci",
