@@ -112,6 +112,10 @@ func TestKernelDevices(t *testing.T) {
 		Line:   r.line,
 	})
 	status, err := m.Wait()
+	if len(r.failed) > 0 && m.hungry() && !long {
+		t.Skipf("machine too busy: the guest had %v of a processor in %v; what failed in it: %q",
+			m.CPU().Round(time.Second), time.Since(m.began).Round(time.Second), r.failed)
+	}
 	for _, f := range r.failed {
 		t.Errorf("in the guest: %s", f)
 	}
