@@ -5,6 +5,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"github.com/cowdev/cowdev/bench/peer"
@@ -52,7 +53,7 @@ func (r *Results) writeConditions(w io.Writer) {
 		rounds = max(rounds, r.Samples[i].Round+1)
 		others += r.Samples[i].Others / float64(len(r.Samples))
 	}
-	fmt.Fprintf(w, "\nMeasured on %s in %d interleaved rounds of %.1f s each row.\n", r.Began.Format("2006-01-02"), rounds, r.Seconds)
+	fmt.Fprintf(w, "\nMeasured on %s in %d interleaved rounds of %.2g s each row.\n", r.Began.Format("2006-01-02"), rounds, r.Seconds)
 	fmt.Fprintf(w, "Other processes used %.0f %% of the processors meanwhile, on average.\n\n", others*100)
 	for _, line := range append(r.Machine, r.Versions...) {
 		fmt.Fprintf(w, "- %s\n", line)
@@ -104,19 +105,24 @@ func (r *Results) cell(row *Row, f peer.Family) string {
 	return fmt.Sprintf("%s (%.2g)", s, target.Must)
 }
 
-// writeFigures writes every server's median and spread.
+// writeFigures writes the median and spread of every server that was run.
 func (r *Results) writeFigures(w io.Writer) {
-	fmt.Fprint(w, "## Every server\n\nMedians, and the range of the rounds.\n\n|")
-	kinds := peer.Kinds(peer.Tools{})
-	for _, k := range kinds {
-		fmt.Fprintf(w, " | %s", k.Name)
+	var names []string
+	for _, k := range peer.Kinds(peer.Tools{}) {
+		if slices.ContainsFunc(r.Samples, func(s Sample) bool { return s.Server == k.Name }) {
+			names = append(names, k.Name)
+		}
 	}
-	fmt.Fprintf(w, " |\n|---%s|\n", strings.Repeat("|---", len(kinds)))
+	fmt.Fprint(w, "## Every server\n\nMedians, and the range of the rounds.\n\n")
+	fmt.Fprintf(w, "| | %s |\n|---%s|\n", strings.Join(names, " | "), strings.Repeat("|---", len(names)))
 	for _, row := range rows() {
+		if figureOf(r.figures(&row, "cowdev")).Median == 0 {
+			continue
+		}
 		fmt.Fprintf(w, "| %s", row.Title)
-		for _, k := range kinds {
+		for _, name := range names {
 			fmt.Fprint(w, " | ")
-			if f := figureOf(r.figures(&row, k.Name)); f.Median > 0 {
+			if f := figureOf(r.figures(&row, name)); f.Median > 0 {
 				fmt.Fprintf(w, "%s (%s to %s)", row.show(f.Median), row.show(f.Min), row.show(f.Max))
 			}
 		}
