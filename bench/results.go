@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"os/exec"
+	"path/filepath"
 	"slices"
 	"strings"
 	"text/tabwriter"
@@ -42,11 +43,16 @@ func commands(kinds []peer.Kind) []string {
 	for _, k := range kinds {
 		line := k.Name + ": "
 		if k.Create != nil {
-			line += strings.Join(k.Create(f), " ") + " && "
+			line += commandLine(k.Create(f)) + " && "
 		}
-		all = append(all, line+strings.Join(k.Serve(f), " "))
+		all = append(all, line+commandLine(k.Serve(f)))
 	}
 	return all
+}
+
+// commandLine is args as they would be typed.
+func commandLine(args []string) string {
+	return strings.Join(append([]string{filepath.Base(args[0])}, args[1:]...), " ")
 }
 
 // figures returns a server's requests a second (or MiB) for a row, by round.
