@@ -43,7 +43,7 @@ func parseRun(args []string) (runFlags, error) {
 	set.StringVar(&f.servers, "servers", "", "only servers whose name matches this expression")
 	err := set.Parse(args)
 	if f.quick {
-		f.rounds, f.seconds = min(f.rounds, 3), min(f.seconds, 0.4)
+		f.rounds, f.seconds = min(f.rounds, 2), min(f.seconds, 0.4)
 	}
 	return f, err
 }
