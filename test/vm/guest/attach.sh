@@ -17,6 +17,8 @@ not_connected() { ! [ -e "/sys/block/$1/pid" ]; }
 
 # The kernel's own client on a socket of cowdev serve, for one filesystem.
 nbd_client_fs() {
+	# None where it is built in; vfat has its code pages besides.
+	for m in "$1" $([ "$1" != vfat ] || echo nls_cp437 nls_ascii nls_iso8859-1); do modprobe "$m" 2> /dev/null || true; done
 	truncate -s "$2" $W/base.img
 	serve_it $W/base.img $W/cow.img
 	nbd-client -unix $W/s.sock /dev/nbd0 -C 2 > /dev/null
