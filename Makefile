@@ -9,7 +9,7 @@ export CGO_ENABLED = 0
 TEST = ./test/vm ./test/crash ./...
 
 # Packages whose concurrency is also run under the race detector, in short.
-RACE = ./internal/disk ./image ./exception ./cow ./nbdserver ./merge
+RACE = ./internal/disk ./internal/keeper ./internal/crash ./image ./exception ./cow ./nbdserver ./merge
 
 .PHONY: all build demo test packages vet unit race bench bench-quick crash soak fuzz clean
 
