@@ -9,7 +9,7 @@ export CGO_ENABLED = 0
 TEST = ./test/vm ./test/crash ./...
 
 # Packages whose concurrency is also run under the race detector, in short.
-RACE = ./internal/disk ./internal/keeper ./internal/crash ./image ./exception ./cow ./nbdserver ./merge
+RACE = ./internal/disk ./internal/keeper ./image ./exception ./cow ./nbdserver ./merge
 
 .PHONY: all build demo test packages vet unit race bench bench-quick crash soak fuzz clean
 
@@ -32,6 +32,7 @@ test:
 	@scripts/phase demo $(MAKE) -s demo
 	@scripts/phase test scripts/with-tmpdir $(GO) test -p 2 -timeout 8m $(TEST)
 	@CGO_ENABLED=1 scripts/phase race scripts/with-tmpdir $(GO) test -race -short -p 2 -timeout 8m $(RACE)
+	@CGO_ENABLED=1 scripts/phase stress scripts/with-tmpdir $(GO) test -race -short -timeout 8m -run TestStress ./internal/crash
 	@scripts/phase end
 
 packages:
