@@ -94,7 +94,7 @@ func TestKernelDevices(t *testing.T) {
 		"nbd_client_ext4", "survive_ext4", "survive_xfs", "mount_umount_merge", "resume", "gone_for_good",
 		"first_write_keeps_identity", "partition", "bad_input", "many_devices",
 	}
-	n := numbers{rounds: 1, attaches: 1, devices: 4, limit: 60, budget: 45}
+	n := numbers{rounds: 2, attaches: 1, devices: 4, limit: 60, budget: 60}
 	limit := guestLimit
 	if long {
 		names = append(names, "nbd_client_xfs", "nbd_client_btrfs", "nbd_client_vfat")
