@@ -126,9 +126,6 @@ func (d *NBD) reconfigure(ctx context.Context, sockets []*os.File) error {
 	})
 }
 
-// Index returns N of /dev/nbdN.
-func (d *NBD) Index() int { return d.cfg.Index }
-
 // Path returns the device's name.
 func (d *NBD) Path() string { return NBDPath(d.cfg.Index) }
 

@@ -104,8 +104,8 @@ func (s *Store) logEnd() int64 {
 	return s.log.written - pageSize
 }
 
-// makeRoom extends the log and waits until a record of n bytes, and the pages skipped before it,
-// fit into the log.
+// makeRoom extends the log and waits until a record of n bytes, and the pages
+// that are skipped before it, fit.
 func (s *Store) makeRoom(n int64) error {
 	l := &s.log
 	if err := s.extendLog(n); err != nil {

@@ -349,13 +349,6 @@ func (r *Relay) saidGoodbye() bool {
 	return r.goodbye
 }
 
-// Held returns the number of requests without a reply.
-func (r *Relay) Held() int {
-	r.mu.Lock()
-	defer r.mu.Unlock()
-	return len(r.held)
-}
-
 // buffers holds WRITE data of up to pooledSize, which is the most that the
 // kernel sends unless it was told otherwise.
 var buffers = sync.Pool{New: func() any { return new([pooledSize]byte) }}
