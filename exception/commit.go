@@ -21,7 +21,8 @@ type commits struct {
 	busy  bool   // one is running
 
 	// The committer's own.
-	inline bool // a record since the last barrier holds data (R6)
+	inline bool   // a record since the last barrier holds data (R6)
+	data   []byte // the memory of what a snapshot copies
 
 	unsyncedMu sync.Mutex
 	unsynced   []change   // what is not known to be in place, and durable there
@@ -95,7 +96,7 @@ func (s *Store) commit() error {
 	}
 	s.slots.drainAfter(s.readers.advance(), dropped)
 	s.harvest()
-	if s.log.used() > s.shape.logLen/2 {
+	if s.log.pending() > s.checkpointAfter() {
 		s.checkpointSoon()
 	}
 	return nil
@@ -109,6 +110,7 @@ func (s *Store) snapshot(chunks []block.Chunk) (changes []change, data []byte, w
 	room := int(s.maxRecord()) - recordHead - len(chunks)*runSize
 	limit := min(room, inlineLimit)
 	whole = limit > 0
+	data = s.commits.data[:0]
 	slices.Sort(chunks)
 	changes = make([]change, 0, len(chunks))
 	for _, c := range chunks {
@@ -132,6 +134,7 @@ func (s *Store) snapshot(chunks []block.Chunk) (changes []change, data []byte, w
 	s.commits.unsynced = append(s.commits.unsynced, changes...)
 	s.commits.unsyncedMu.Unlock()
 	s.live.snapshotTaken()
+	s.commits.data = data
 	return changes, data, whole
 }
 

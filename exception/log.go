@@ -2,14 +2,29 @@ package exception
 
 import (
 	"fmt"
+	"slices"
 	"sync"
 
 	"github.com/cowdev/cowdev/block"
 )
 
-// logStep is how far ahead of need the log's zone is written, in bytes: an
-// append to what was written before costs half of one into a hole.
-const logStep = 1 << 20
+// The log's zone is the part of it that has been written once: an append there
+// costs half of one into a hole. It grows by logStep bytes, ahead of need, and
+// up to twice checkpointAfter without asking whether the records at its
+// beginning are still needed.
+const (
+	logStep         = 1 << 20
+	checkpointAfter = 2 << 20 // bytes of records
+)
+
+// step returns by how much the zone grows, in bytes, and with which it begins:
+// there is room for two records in it.
+func (h *Header) step() int64 {
+	return min(logStep, (h.logLen/2+pageSize-1)/pageSize*pageSize)
+}
+
+// checkpointAfter returns after how many bytes of records a checkpoint begins.
+func (s *Store) checkpointAfter() int64 { return min(checkpointAfter, s.shape.logLen/4) }
 
 // maxRecord bounds a record, in bytes: a quarter of the log at most, so that
 // one fits wherever the log's head is.
@@ -21,6 +36,7 @@ func (s *Store) maxRecord() int64 {
 type place struct {
 	pos   int64  // bytes from the log's beginning
 	total int64  // bytes from the session's beginning, with what was skipped
+	bytes int64  // the same without
 	seq   uint64 // of the record that begins here
 	chain uint32 // checksum of the record before
 }
@@ -28,7 +44,8 @@ type place struct {
 // logRing is where the log's records go. Only the committer appends.
 type logRing struct {
 	head    place // where the next record goes
-	written int64 // the zone that has been written once, from the log's beginning
+	written int64 // the zone's length
+	buf     []byte
 
 	mu      sync.Mutex
 	applied place // up to here the committed entries, and the table's dirty pages, know the records
@@ -40,6 +57,13 @@ func (l *logRing) used() int64 {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	return l.head.total - l.tail.total
+}
+
+// pending returns the bytes of the records between the tail and the head.
+func (l *logRing) pending() int64 {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.head.bytes - l.tail.bytes
 }
 
 // append writes one record, and returns when it is durable. data are the
@@ -72,13 +96,21 @@ func (s *Store) skipToStart() {
 	l.mu.Unlock()
 }
 
-// extendLog extends the written zone so that a record of n bytes and a page
-// fit behind the head, if there is room. The zone is durable before it is
-// used: an append to it need not allocate anything then.
+// startIsFree reports whether the zone is large enough, and a record of n bytes
+// and some more fit at its beginning.
+func (s *Store) startIsFree(n int64) bool {
+	after := s.checkpointAfter()
+	skip := s.shape.logLen - s.log.head.pos
+	return s.log.written >= 2*after && s.log.used()+skip+n+after/2 <= s.shape.logLen
+}
+
+// extendLog extends the zone so that a record of n bytes and a page fit behind
+// the head, if there is room, unless they fit at its beginning. The zone is
+// durable before it is used: an append to it need not allocate anything then.
 func (s *Store) extendLog(n int64) error {
 	l := &s.log
-	for l.written < s.shape.logLen && l.head.pos+n+pageSize > l.written {
-		at, step := s.shape.logOff()+l.written, min(logStep, s.shape.logLen-l.written)
+	for l.written < s.shape.logLen && l.head.pos+n+pageSize > l.written && !s.startIsFree(n) {
+		at, step := s.shape.logOff()+l.written, min(s.shape.step(), s.shape.logLen-l.written)
 		// A full disk is met by this write, which says nothing of others.
 		if err := fill(s.file, at, step); err != nil {
 			s.logf("extend the log: %v; it stays at %d bytes", err, l.written)
@@ -130,8 +162,11 @@ func (s *Store) makeRoom(n int64) error {
 func (s *Store) put(r *record, n int64, data []byte) error {
 	l := &s.log
 	r.epoch, r.seq, r.prev = s.epoch, l.head.seq, l.head.chain
-	p := make([]byte, n)
-	copy(p[recordHead+len(r.runs)*runSize:], data)
+	p := slices.Grow(l.buf[:0], int(n))[:n]
+	l.buf = p
+	at := recordHead + len(r.runs)*runSize
+	clear(p[:at])
+	clear(p[at+copy(p[at:], data):])
 	r.encode(p, s.shape.UUID, l.head.pos)
 	if err := s.file.WriteSync(p, s.shape.logOff()+l.head.pos); err != nil {
 		return s.fail(fmt.Sprintf("append record %d to the log", r.seq), err)
@@ -139,6 +174,7 @@ func (s *Store) put(r *record, n int64, data []byte) error {
 	l.mu.Lock()
 	l.head.pos += n
 	l.head.total += n
+	l.head.bytes += n
 	if l.head.pos == s.shape.logLen {
 		l.head.pos = 0
 	}

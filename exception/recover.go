@@ -133,35 +133,22 @@ func (s *Store) punchLeftovers(size int64) {
 	}
 }
 
-// writtenLog returns how far from its beginning the log has its room. The log
-// is empty.
+// writtenLog returns how far from its beginning the log has its room: what a
+// session begins with. The log is empty.
 func (s *Store) writtenLog() (int64, error) {
-	if !s.shape.Clean {
-		// A crash may have taken some of it back.
-		n := min(logStep, s.shape.logLen)
-		return n, fill(s.file, s.shape.logOff(), n)
-	}
-	probe := make([]byte, 1)
-	off := s.shape.logOff()
-	written := int64(0)
-	for written < s.shape.logLen {
-		next, err := s.file.NextData(off + written)
+	off, n := s.shape.logOff(), s.shape.step()
+	whole := s.shape.Clean // a crash may have taken some of it back, as a sparse copy does
+	for at := off; whole && at < off+n; at += pageSize {
+		next, err := s.file.NextData(at)
 		if err != nil {
 			return 0, fmt.Errorf("look for data in the log: %w", err)
 		}
-		if next != off+written {
-			break
-		}
-		if _, err := s.file.ReadAt(probe, next); err != nil {
-			break
-		}
-		written += min(logStep, s.shape.logLen-written)
+		whole = next == at
 	}
-	if written == 0 {
-		written = min(logStep, s.shape.logLen)
-		return written, fill(s.file, off, written)
+	if whole {
+		return n, nil
 	}
-	return written, nil
+	return n, fill(s.file, off, n)
 }
 
 // recover makes the file say by itself what its log, or the memory of a dead

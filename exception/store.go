@@ -105,7 +105,7 @@ func blank(f disk.File, h *Header) error {
 			return fullError(err)
 		}
 	}
-	return fill(f, h.logOff(), min(h.logLen, logStep))
+	return fill(f, h.logOff(), h.step())
 }
 
 // fill writes n zeros at off.
@@ -365,7 +365,19 @@ func (s *Store) settle() error {
 		return err
 	}
 	s.harvest()
-	return s.writeSuper(func(h *Header) { h.Clean = true })
+	if err := s.writeSuper(func(h *Header) { h.Clean = true }); err != nil {
+		return err
+	}
+	s.shrinkLog()
+	return nil
+}
+
+// shrinkLog gives back the space of the log, which is empty, but for what the
+// next session begins with.
+func (s *Store) shrinkLog() {
+	if first := s.shape.step(); s.log.written > first && s.opts.Capacity == 0 {
+		s.punch(s.shape.logOff()+first, s.log.written-first)
+	}
 }
 
 // adoptable reports whether the next process should find the live table: the
