@@ -266,17 +266,39 @@ func (e Entry) State(b int) block.State {
 
 // validate reports why e cannot be the entry of chunk c, or nil (R21).
 func (e Entry) validate(h *Header, c block.Chunk) error {
+	l := h.limits()
+	return l.check(c, e)
+}
+
+// limits are what an entry is held against.
+type limits struct {
+	chunks, slots int64
+	last          block.Mask // the last chunk's blocks
+}
+
+func (h *Header) limits() limits {
+	n := h.Chunks()
+	return limits{n, 2*n + slotSlack, h.Blocks(block.Chunk(n - 1))}
+}
+
+// check reports what is wrong with e as the entry of chunk c.
+func (l *limits) check(c block.Chunk, e Entry) error {
+	stored, zero, slot := e.Stored(), e.Zero(), e.Slot()
+	blocks := block.AllBlocks
+	if int64(c) == l.chunks-1 {
+		blocks = l.last
+	}
 	switch {
-	case int64(c) >= h.Chunks():
-		return fmt.Errorf("entry for chunk %d, the device has %d", c, h.Chunks())
-	case e.Stored()&e.Zero() != 0:
-		return fmt.Errorf("chunk %d: blocks %#x both stored and zero", c, e.Stored()&e.Zero())
-	case (e.Stored() == 0) != (e.Slot() == 0):
-		return fmt.Errorf("chunk %d: slot %d with stored blocks %#x", c, e.Slot(), e.Stored())
-	case (e.Stored()|e.Zero())&^h.Blocks(c) != 0:
-		return fmt.Errorf("chunk %d: blocks %#x lie beyond the device", c, (e.Stored()|e.Zero())&^h.Blocks(c))
-	case int64(e.Slot()) > h.Chunks()*2+slotSlack:
-		return fmt.Errorf("chunk %d: slot %d, a store of %d chunks has no such slot", c, e.Slot(), h.Chunks())
+	case int64(c) >= l.chunks:
+		return fmt.Errorf("entry for chunk %d, the device has %d", c, l.chunks)
+	case stored&zero != 0:
+		return fmt.Errorf("chunk %d: blocks %#x both stored and zero", c, stored&zero)
+	case (stored == 0) != (slot == 0):
+		return fmt.Errorf("chunk %d: slot %d with stored blocks %#x", c, slot, stored)
+	case (stored|zero)&^blocks != 0:
+		return fmt.Errorf("chunk %d: blocks %#x lie beyond the device", c, (stored|zero)&^blocks)
+	case int64(slot) > l.slots:
+		return fmt.Errorf("chunk %d: slot %d, a store of %d chunks has no such slot", c, slot, l.chunks)
 	}
 	return nil
 }
@@ -309,14 +331,24 @@ func sectorSum(p []byte, u UUID, n int64) uint32 {
 	return crc32.Update(checksum(u, uint64(tableOff+n*sectorSize), p[:504]), crcTable, tail[:])
 }
 
+// checkSector checks the 512 bytes of table sector n, and reports whether it
+// holds entries: number i at byte 8*i.
+func checkSector(p []byte, u UUID, n int64) (bool, error) {
+	if p[508] == 0 && bytes.Equal(p[:sectorSize], zeroPage[:sectorSize]) {
+		return false, nil
+	}
+	if le.Uint32(p[508:]) != uint32(n)+1 || le.Uint32(p[504:]) != sectorSum(p, u, n) {
+		return false, fmt.Errorf("%w: table sector %d (chunks %d to %d): checksum", ErrCorrupt, n, n*sectorEntries, (n+1)*sectorEntries-1)
+	}
+	return true, nil
+}
+
 // decodeSector reads the 512 bytes of table sector n and calls put for every
 // entry that is not zero.
 func decodeSector(p []byte, u UUID, n int64, put func(i int, e Entry)) error {
-	if p[508] == 0 && bytes.Equal(p[:sectorSize], zeroPage[:sectorSize]) {
-		return nil
-	}
-	if le.Uint32(p[508:]) != uint32(n)+1 || le.Uint32(p[504:]) != sectorSum(p, u, n) {
-		return fmt.Errorf("%w: table sector %d (chunks %d to %d): checksum", ErrCorrupt, n, n*sectorEntries, (n+1)*sectorEntries-1)
+	used, err := checkSector(p, u, n)
+	if err != nil || !used {
+		return err
 	}
 	for i := range sectorEntries {
 		if e := Entry(le.Uint64(p[i*8:])); e != 0 {

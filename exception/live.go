@@ -2,6 +2,7 @@ package exception
 
 import (
 	"iter"
+	"math/bits"
 	"sync"
 	"sync/atomic"
 	"unsafe"
@@ -24,9 +25,9 @@ type Area interface {
 	// Bytes returns the memory. Only reserved parts may be written.
 	Bytes() []byte
 
-	// Reserve makes the page that holds byte off safe to write. It may be
-	// called by several goroutines.
-	Reserve(off int64) error
+	// Reserve makes the pages that hold [off, off+n) safe to write. It may
+	// be called by several goroutines. After an error some of them may be.
+	Reserve(off, n int64) error
 
 	// Reserved reports whether Reserve was called for the page of off, by
 	// this process or one before.
@@ -73,19 +74,57 @@ type heapArea struct {
 	reserved pageSet
 }
 
-func (a *heapArea) Bytes() []byte           { return a.bytes }
-func (a *heapArea) Reserve(off int64) error { a.reserved.add(off); return nil }
-func (a *heapArea) Reserved(off int64) bool { return a.reserved.has(off) }
-func (a *heapArea) Lasting() bool           { return false }
-func (a *heapArea) Release(bool) error      { return free(a.bytes) }
+func (a *heapArea) Bytes() []byte              { return a.bytes }
+func (a *heapArea) Reserve(off, n int64) error { a.reserved.add(off, n); return nil }
+func (a *heapArea) Reserved(off int64) bool    { return a.reserved.has(off) }
+func (a *heapArea) Lasting() bool              { return false }
+func (a *heapArea) Release(bool) error         { return free(a.bytes) }
 
 // pageSet is a set of pages of a memory, that grows while it is asked.
 type pageSet words
 
 func newPageSet(n int64) pageSet { return make(pageSet, n/pageSize/64+1) }
 
-func (s pageSet) add(off int64)      { s[off/pageSize/64].Or(1 << (off / pageSize % 64)) }
+// add adds the pages that hold [off, off+n).
+func (s pageSet) add(off, n int64) {
+	for p := off / pageSize; p*pageSize < off+n; p++ {
+		s[p/64].Or(1 << (p % 64))
+	}
+}
+
 func (s pageSet) has(off int64) bool { return s[off/pageSize/64].Load()>>(off/pageSize%64)&1 != 0 }
+
+// runs yields the runs of pages, [first, end), in order.
+func (s pageSet) runs() iter.Seq2[int64, int64] {
+	return func(yield func(first, end int64) bool) {
+		pages := int64(len(s)) * 64
+		for n := int64(0); n < pages; {
+			if w := s[n/64].Load() >> (n % 64); w == 0 {
+				n += 64 - n%64
+				continue
+			} else {
+				n += int64(bits.TrailingZeros64(w))
+			}
+			first := n
+			for n < pages && s.has(n*pageSize) {
+				n++
+			}
+			if !yield(first, n) {
+				return
+			}
+		}
+	}
+}
+
+// hasAll reports whether the pages that hold [off, off+n) are in the set.
+func (s pageSet) hasAll(off, n int64) bool {
+	for p := off / pageSize; p*pageSize < off+n; p++ {
+		if !s.has(p * pageSize) {
+			return false
+		}
+	}
+	return true
+}
 
 // mappedFrom is the size from which memory is mapped rather than allocated, so
 // that what is never touched costs nothing.
@@ -96,6 +135,18 @@ func zeroed(n int64) ([]byte, error) {
 		return make([]byte, n), nil
 	}
 	return unix.Mmap(-1, 0, int(n), unix.PROT_READ|unix.PROT_WRITE, unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
+}
+
+// populate asks for the pages of memory that lie in [off, off+n) of b, if b is
+// mapped: many at once cost a third of a fault each.
+func populate(b []byte, off, n int64) {
+	if len(b) < mappedFrom {
+		return
+	}
+	at := (off + pageSize - 1) / pageSize * pageSize
+	if end := min(off+n, int64(len(b))) / pageSize * pageSize; at < end {
+		_ = unix.Madvise(b[at:end], unix.MADV_POPULATE_WRITE) // else by faults
+	}
 }
 
 func free(b []byte) error {
@@ -113,6 +164,12 @@ func asWords(b []byte) words {
 		return nil
 	}
 	return unsafe.Slice((*atomic.Uint64)(unsafe.Pointer(unsafe.SliceData(b))), len(b)/8)
+}
+
+// plain returns the table for use by one goroutine while nobody else knows it:
+// a million atomic stores are most of the time that it takes to read a table.
+func (w words) plain() []uint64 {
+	return unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(w))), len(w))
 }
 
 // The live memory begins with a page that says whose it is; the entries
@@ -195,7 +252,7 @@ func (l *live) valid(u UUID, epoch uint64) bool {
 
 // setValid marks the memory as that of the session epoch of store u.
 func (l *live) setValid(u UUID, epoch uint64) error {
-	if err := l.area.Reserve(0); err != nil {
+	if err := l.area.Reserve(0, areaHead); err != nil {
 		return err
 	}
 	l.head[headEpoch].Store(epoch)
@@ -216,7 +273,7 @@ func (l *live) invalidate() {
 // setBroken leaves word that a sync failed: nobody adopts the memory, and who
 // opens the store in this boot does not trust cached pages (R26).
 func (l *live) setBroken(u UUID) {
-	if l.area.Reserve(0) == nil {
+	if l.area.Reserve(0, areaHead) == nil {
 		l.head[headValid].Store(stateBroken)
 		l.head[headUUID].Store(le.Uint64(u[:]))
 		l.head[headUUID+1].Store(le.Uint64(u[8:]))
@@ -271,7 +328,7 @@ func (l *live) load(c block.Chunk) Entry { return Entry(l.entries[c].Load()) }
 
 // reserve makes the entry of c safe to set.
 func (l *live) reserve(c block.Chunk) error {
-	return l.area.Reserve(areaHead + int64(c)*8)
+	return l.area.Reserve(areaHead+int64(c)*8, 8)
 }
 
 func (l *live) set(c block.Chunk, e Entry) { l.entries[c].Store(uint64(e)) }

@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"iter"
 	"slices"
 	"time"
 
@@ -162,7 +163,7 @@ func (s *Store) load() error {
 		s.adopted = false
 		return nil
 	}
-	ld := &loader{s: s, pages: make(map[int64]bool)}
+	ld := &loader{s: s, limits: s.shape.limits(), pages: newPageSet(s.shape.tableLen())}
 	if !s.opts.ReadOnly {
 		if !s.adopted {
 			s.live.forget()
@@ -172,9 +173,9 @@ func (s *Store) load() error {
 			return err
 		}
 		s.comMem, s.committed = mem, asWords(mem)
-		ld.into = s.committed
+		ld.into, ld.mem = s.committed.plain(), mem
 	} else {
-		ld.into = s.live.entries
+		ld.into, ld.mem = s.live.entries.plain(), s.live.area.Bytes()[areaHead:]
 	}
 	if err := ld.table(); err != nil {
 		return err
@@ -184,7 +185,7 @@ func (s *Store) load() error {
 			return err
 		}
 	}
-	if !s.opts.ReadOnly && !s.adopted {
+	if !s.adopted {
 		if err := ld.publish(); err != nil {
 			return err
 		}
@@ -248,25 +249,19 @@ func dropCache(f disk.File, off, n int64) {
 	}
 }
 
-// loader is the state of one load.
+// loader is the state of one load. Nobody else knows the store yet.
 type loader struct {
-	s     *Store
-	into  words
-	pages map[int64]bool // pages of the table that hold, or held, an entry
-	noted int64          // the last that was put there, and one; 0 at first
+	s      *Store
+	limits limits
+	into   []uint64
+	mem    []byte  // the memory of into
+	pages  pageSet // of the table: those that hold, or held, an entry
 }
 
-// put sets the entry of chunk c, which came from what.
+// put sets the entry of chunk c.
 func (ld *loader) put(c block.Chunk, e Entry) {
-	if ld.s.opts.ReadOnly {
-		ld.s.live.reserve(c) // the heap's, which never fails
-	}
-	ld.into[c].Store(uint64(e))
-	// Entries come by pages, and a million look-ups would be slower than the rest.
-	if n := int64(c)/pageEntries + 1; n != ld.noted {
-		ld.noted = n
-		ld.pages[n-1] = true
-	}
+	ld.into[c] = uint64(e)
+	ld.pages.add(int64(c)/pageEntries*pageSize, 1)
 }
 
 // table reads the file's table.
@@ -293,40 +288,62 @@ func (ld *loader) table() error {
 			}
 			return fmt.Errorf("%w: the file ends at %d, inside the table", ErrCorrupt, off+int64(n))
 		}
-		if err := ld.sectors(p, (off-tableOff)/sectorSize); err != nil {
+		if err := ld.sectors(p, (off-tableOff)/pageSize); err != nil {
 			return err
 		}
 		off += int64(len(p))
 	}
 }
 
-// sectors reads whole pages of the table, the first sector of which is number
-// first.
-func (ld *loader) sectors(p []byte, first int64) error {
-	s := ld.s
-	for ; len(p) > 0; p, first = p[sectorSize:], first+1 {
-		if first%(pageSize/sectorSize) == 0 && len(p) >= pageSize {
-			n := first * sectorSize / pageSize
-			if allZero(p[:pageSize]) {
-				p, first = p[pageSize-sectorSize:], first+pageSize/sectorSize-1
-				continue
-			}
-			s.table.allocated[n] = true
+// populateFrom is how many pages of the table with entries, one after the
+// other, make it worth to ask for the memory of all of them at once.
+const populateFrom = 16
+
+// sectors reads whole pages of the table, of which the first is number n.
+func (ld *loader) sectors(p []byte, n int64) error {
+	for len(p) > 0 {
+		k := 0
+		for k*pageSize < len(p) && !allZero(p[k*pageSize:][:pageSize]) {
+			k++
 		}
-		var bad error
-		err := decodeSector(p[:sectorSize], s.shape.UUID, first, func(i int, e Entry) {
-			c := block.Chunk(first*sectorEntries + int64(i))
-			if err := e.validate(&s.shape, c); err != nil {
-				bad = fmt.Errorf("%w: table sector %d: %v", ErrCorrupt, first, err)
-				return
-			}
-			ld.put(c, e)
-		})
-		if err == nil {
-			err = bad
+		if k >= populateFrom {
+			populate(ld.mem, n*pageEntries*8, int64(k)*pageEntries*8)
 		}
+		for i := range k {
+			if err := ld.page(p[i*pageSize:][:pageSize], n+int64(i)); err != nil {
+				return err
+			}
+		}
+		k = min(k+1, len(p)/pageSize) // behind them is one of zeros
+		p, n = p[k*pageSize:], n+int64(k)
+	}
+	return nil
+}
+
+// page reads page n of the table, which is not all zeros.
+func (ld *loader) page(p []byte, n int64) error {
+	ld.s.table.allocated[n] = true
+	ld.pages.add(n*pageSize, 1)
+	for i := range int64(pageSize / sectorSize) {
+		sector := n*pageSize/sectorSize + i
+		q := p[i*sectorSize:][:sectorSize]
+		used, err := checkSector(q, ld.s.shape.UUID, sector)
 		if err != nil {
 			return err
+		}
+		if !used {
+			continue
+		}
+		for k := range sectorEntries {
+			e := Entry(le.Uint64(q[k*8:]))
+			if e == 0 {
+				continue
+			}
+			c := block.Chunk(sector*sectorEntries + int64(k))
+			if err := ld.limits.check(c, e); err != nil {
+				return fmt.Errorf("%w: table sector %d: %v", ErrCorrupt, sector, err)
+			}
+			ld.into[c] = uint64(e)
 		}
 	}
 	return nil
@@ -363,7 +380,7 @@ func (ld *loader) log() error {
 	if s.adopted {
 		return nil // the page cache is newer than any record (R4)
 	}
-	o.keep(func(c block.Chunk) block.Mask { return Entry(ld.into[c].Load()).Stored() })
+	o.keep(func(c block.Chunk) block.Mask { return Entry(ld.into[c]).Stored() })
 	if o.len() > 0 {
 		s.replayed.Store(o)
 	}
@@ -434,30 +451,35 @@ func scanLog(log []byte, h *Header) ([]*record, place, error) {
 	return records, at, nil
 }
 
-// publish makes the committed table the live one.
+// publish makes what was read the live table.
 func (ld *loader) publish() error {
-	return ld.each(func(c block.Chunk, e Entry) error {
-		if err := ld.s.live.reserve(c); err != nil {
+	live := ld.s.live
+	for from, to := range ld.runs() {
+		if err := live.area.Reserve(areaHead+from*8, (to-from)*8); err != nil {
 			return fmt.Errorf("memory for the live table: %w", err)
 		}
-		ld.s.live.set(c, e)
-		return nil
-	})
+		copy(live.entries.plain()[from:to], ld.into[from:to])
+	}
+	return nil
 }
 
-// each calls f for every entry read, in order of pages as they come.
-func (ld *loader) each(f func(block.Chunk, Entry) error) error {
-	for n := range ld.pages {
-		end := min((n+1)*pageEntries, ld.s.geo.Chunks())
-		for c := n * pageEntries; c < end; c++ {
-			if e := Entry(ld.into[c].Load()); e != 0 {
-				if err := f(block.Chunk(c), e); err != nil {
-					return err
-				}
+// runs yields the chunks, [from, to), of runs of pages that were read; the
+// first and the last of each have an entry.
+func (ld *loader) runs() iter.Seq2[int64, int64] {
+	return func(yield func(from, to int64) bool) {
+		for first, end := range ld.pages.runs() {
+			from, to := first*pageEntries, min(end*pageEntries, int64(len(ld.into)))
+			for from < to && ld.into[from] == 0 {
+				from++
+			}
+			for from < to && ld.into[to-1] == 0 {
+				to--
+			}
+			if from < to && !yield(from, to) {
+				return
 			}
 		}
 	}
-	return nil
 }
 
 // countSlots finds which slots are taken, and refuses a store in which two
@@ -490,7 +512,11 @@ func (ld *loader) countSlots() error {
 			}
 		}
 	} else {
-		err = ld.each(take)
+		for from, to := range ld.runs() {
+			for c := from; c < to && err == nil; c++ {
+				err = take(block.Chunk(c), Entry(ld.into[c]))
+			}
+		}
 	}
 	if err != nil {
 		return err
@@ -519,22 +545,28 @@ func allZero(p []byte) bool {
 }
 
 // bitmap is a set of slot numbers.
-type bitmap struct{ bits map[uint32]*[1024]uint64 }
+type bitmap struct {
+	bits map[uint32]*[1024]uint64
+	key  uint32        // looked up last
+	last *[1024]uint64 // what was found
+}
 
-func newBitmap() *bitmap { return &bitmap{make(map[uint32]*[1024]uint64)} }
+func newBitmap() *bitmap { return &bitmap{bits: make(map[uint32]*[1024]uint64)} }
 
 // set adds n and reports whether it was not there.
 func (b *bitmap) set(n uint32) bool {
-	p := b.bits[n>>16]
-	if p == nil {
-		p = new([1024]uint64)
-		b.bits[n>>16] = p
+	if b.last == nil || b.key != n>>16 {
+		b.key, b.last = n>>16, b.bits[n>>16]
+	}
+	if b.last == nil {
+		b.last = new([1024]uint64)
+		b.bits[n>>16] = b.last
 	}
 	i, bit := n>>6&1023, uint64(1)<<(n&63)
-	if p[i]&bit != 0 {
+	if b.last[i]&bit != 0 {
 		return false
 	}
-	p[i] |= bit
+	b.last[i] |= bit
 	return true
 }
 

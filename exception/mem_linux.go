@@ -111,7 +111,7 @@ func copyArea(a Area, f *os.File, n int64) error {
 		if _, err := f.ReadAt(page, off); err != nil {
 			return err
 		}
-		if err := a.Reserve(off); err != nil {
+		if err := a.Reserve(off, 1); err != nil {
 			return err
 		}
 	}
@@ -157,9 +157,8 @@ func (a *sharedArea) open(n int64) error {
 		if err != nil {
 			break
 		}
-		for off = data / pageSize * pageSize; off < hole; off += pageSize {
-			a.reserved.add(off)
-		}
+		a.reserved.add(data, hole-data)
+		off = hole
 	}
 	return nil
 }
@@ -168,22 +167,23 @@ func (a *sharedArea) Bytes() []byte           { return a.bytes }
 func (a *sharedArea) Reserved(off int64) bool { return a.reserved.has(off) }
 func (a *sharedArea) Lasting() bool           { return true }
 
-// Reserve allocates the page, since a store into a page for which the tmpfs
+// Reserve allocates the pages, since a store into a page for which the tmpfs
 // has no room would be a SIGBUS.
-func (a *sharedArea) Reserve(off int64) error {
-	if a.reserved.has(off) {
+func (a *sharedArea) Reserve(off, n int64) error {
+	if a.reserved.hasAll(off, n) {
 		return nil
 	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if a.reserved.has(off) {
-		return nil
+	end := min((off+n+pageSize-1)/pageSize*pageSize, int64(len(a.bytes)))
+	off -= off % pageSize
+	// One call that maps the pages too, where the kernel has it (5.14).
+	if err := unix.Madvise(a.bytes[off:end], unix.MADV_POPULATE_WRITE); err != nil {
+		if err := unix.Fallocate(int(a.file.Fd()), 0, off, end-off); err != nil {
+			return fmt.Errorf("reserve %d bytes of %s: %w", end-off, a.path, err)
+		}
 	}
-	page := off / pageSize * pageSize
-	if err := unix.Fallocate(int(a.file.Fd()), 0, page, min(pageSize, int64(len(a.bytes))-page)); err != nil {
-		return fmt.Errorf("reserve a page of %s: %w", a.path, err)
-	}
-	a.reserved.add(off)
+	a.reserved.add(off, end-off)
 	return nil
 }
 

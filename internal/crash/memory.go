@@ -94,13 +94,15 @@ func (a *area) Bytes() []byte {
 	return unsafe.Slice((*byte)(unsafe.Pointer(&a.words[0])), len(a.words)*8)
 }
 
-func (a *area) Reserve(off int64) error {
+func (a *area) Reserve(off, n int64) error {
 	a.mu.Lock()
 	defer a.mu.Unlock()
-	if !a.reserved[off/4096] && a.mem.full.Load() {
-		return syscall.ENOSPC
+	for page := off / 4096; page*4096 < off+n; page++ {
+		if !a.reserved[page] && a.mem.full.Load() {
+			return syscall.ENOSPC
+		}
+		a.reserved[page] = true
 	}
-	a.reserved[off/4096] = true
 	return nil
 }
 
