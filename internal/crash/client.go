@@ -113,7 +113,14 @@ func (c *client) changeAt(what string, do func(p []byte, off int64) error, off, 
 	ch.Done(err)
 	w.note("%d: %s %d+%d -> %v", c.id, what, off, len(p), err)
 	w.oracle.While(func() {
-		w.stats.Changes++
+		switch what {
+		case "write":
+			w.stats.Writes++
+		case "trim":
+			w.stats.Trims++
+		default:
+			w.stats.Zeroes++
+		}
 		w.began = w.began || err == nil
 		w.violated(w.unexpected(err))
 	})
@@ -168,6 +175,7 @@ func (c *client) readAt(off, n int64) []byte {
 	}
 	wrong := r.Done(p, off)
 	w.oracle.While(func() {
+		w.stats.Reads++
 		w.violated(w.unexpected(err))
 		if w.dead == nil && wrong != nil {
 			w.violated(fmt.Errorf("client %d reads %d+%d: %w", c.id, off, n, wrong))

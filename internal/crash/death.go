@@ -22,10 +22,13 @@ func (w *world) step(op disktest.Op, phase disktest.Phase) {
 		if w.dead != nil || w.failed != nil {
 			return
 		}
-		w.stats.Ops++
+		if phase == disktest.Begin {
+			w.stats.Ops[op.Kind]++
+		}
 		if op.Kind != disktest.Read {
 			w.note("  file %v, %v", op, phase)
 			if w.rng.IntN(w.cfg.Probes) == 0 {
+				w.stats.Died[op.Kind]++
 				w.violated(w.probe())
 			}
 		}
@@ -128,13 +131,15 @@ func (w *world) probe() error {
 // end closes the store in order, unless the session has died or is to die now,
 // and finds out what the next session begins with.
 func (w *world) end() error {
-	if w.dead == nil && (w.decided() || w.rng.IntN(2) == 0) {
+	closes := false
+	w.oracle.While(func() { // what it began in the background may still run
+		closes = w.dead == nil && (w.decided() || w.rng.IntN(2) == 0)
+		if closes && !w.decided() && w.rng.IntN(3) == 0 {
+			w.left = 1 + w.rng.IntN(60) // the death comes while it closes
+		}
+	})
+	if closes {
 		w.note("close")
-		w.oracle.While(func() {
-			if !w.decided() && w.rng.IntN(3) == 0 {
-				w.left = 1 + w.rng.IntN(60) // the death comes while it closes
-			}
-		})
 		flush := w.oracle.Flush()
 		err := w.session.Close()
 		w.note("close -> %v", err)
@@ -163,8 +168,9 @@ func (w *world) end() error {
 // find looks at what a death left, twice, since a process may die again before
 // it has changed anything (6), and tells the oracle what it is.
 func (w *world) find(a *after) error {
-	o, err := w.take(a.file, a.mem, false)
+	o, err := w.take(a.file.Fork(nil), a.mem, false)
 	if err == nil {
+		defer w.reuse(o.p)
 		o.store.Abandon()
 		err = w.oracle.Check(o.p, a.rule)
 	}
@@ -173,6 +179,7 @@ func (w *world) find(a *after) error {
 	}
 	again, err := w.take(o.file.Kill(nil), a.mem, false)
 	if err == nil {
+		defer w.reuse(again.p)
 		again.store.Abandon()
 		err = NewOracle(o.p).Check(again.p, Power)
 	}

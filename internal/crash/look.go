@@ -3,6 +3,7 @@ package crash
 import (
 	"errors"
 	"fmt"
+	"sync"
 	"syscall"
 
 	"github.com/cowdev/cowdev/cow"
@@ -19,49 +20,73 @@ type opened struct {
 	p     []byte // what the device read as
 }
 
-// take opens the store in a copy of f and reads all of its device. Nothing may
-// be written by that (6).
+// take opens the store in f, which nobody else uses, and reads all of its
+// device. Nothing may be written by that (6).
 func (w *world) take(f *disktest.File, m exception.Memory, readOnly bool) (*opened, error) {
 	w.stats.States++
-	o := &opened{file: f.Fork(nil), mem: m, p: make([]byte, w.geo.Size)}
+	o := &opened{file: f, mem: m, p: w.buffer()}
 	var wrote error
-	o.file.OnStep = func(op disktest.Op, _ disktest.Phase) {
+	f.OnStep = func(op disktest.Op, _ disktest.Phase) {
 		if op.Kind != disktest.Read {
 			wrote = fmt.Errorf("opening and reading it does this to the file: %v", op)
 		}
 	}
 	var err error
-	if o.store, o.dev, err = open(w.base, o.file, exception.Options{Memory: m, ReadOnly: readOnly}); err != nil {
+	if o.store, o.dev, err = open(w.base, f, exception.Options{Memory: m, ReadOnly: readOnly}); err != nil {
 		return nil, err
 	}
 	if _, err = o.dev.ReadAt(o.p, 0); err == nil {
 		err = wrote
 	}
-	o.file.OnStep = nil
+	f.OnStep = nil
 	if err != nil {
-		o.store.Abandon()
+		w.leave(o)
 		return nil, err
 	}
 	return o, nil
+}
+
+// leave ends the use of what take returned, o.p too.
+func (w *world) leave(o *opened) {
+	o.store.Abandon()
+	w.reuse(o.p)
+}
+
+func (w *world) reuse(p []byte) { w.buffers = append(w.buffers, p) }
+
+// buffer returns a buffer of the device's size.
+func (w *world) buffer() []byte {
+	if n := len(w.buffers); n > 0 {
+		p := w.buffers[n-1]
+		w.buffers = w.buffers[:n-1]
+		return p
+	}
+	return make([]byte, w.geo.Size)
 }
 
 // look opens what a death left and compares it with the oracle. It may go on
 // through the recovery, and look at deaths in the middle of that.
 func (w *world) look(a *after, through bool) error {
 	readOnly := !through && a.rule == Power && w.rng.IntN(2) == 0
-	o, err := w.take(a.file, a.mem, readOnly)
+	check := !through && w.rng.IntN(4) == 0
+	f := a.file
+	if check {
+		f = f.Fork(nil)
+	}
+	o, err := w.take(f, a.mem, readOnly)
 	if err != nil {
 		return err
 	}
-	defer o.store.Abandon()
+	defer w.leave(o)
 	if err := w.oracle.Check(o.p, a.rule); err != nil {
 		return err
 	}
-	if through {
+	switch {
+	case through:
 		return w.recovery(o)
-	}
-	if w.rng.IntN(4) == 0 {
-		return clean(a.file.Fork(nil))
+	case check:
+		w.stats.Checked++
+		return clean(a.file)
 	}
 	return nil
 }
@@ -87,15 +112,22 @@ func clean(f *disktest.File) error {
 func (w *world) recovery(o *opened) error {
 	found := NewOracle(o.p)
 	onDisk := o.file.Pending() == 0 && !o.store.Adopted()
-	var bad error
+	var (
+		mu  sync.Mutex // a checkpoint may run beside the rest
+		bad error
+	)
 	o.file.OnStep = func(op disktest.Op, phase disktest.Phase) {
+		mu.Lock()
+		defer mu.Unlock()
 		if op.Kind == disktest.Read || bad != nil || w.rng.IntN(2) == 0 {
 			return
 		}
 		var err error
 		w.stats.Recovery++
+		w.stats.Died[op.Kind]++
 		switch {
 		case w.rng.IntN(3) == 0 && canCopy(o.mem):
+			w.stats.Kills++
 			var m exception.Memory
 			f := o.file.Fork(func() { m = o.mem.(*Memory).Copy() })
 			err = w.compare(found, f, m, Process)
@@ -109,11 +141,13 @@ func (w *world) recovery(o *opened) error {
 		}
 	}
 	err := o.dev.Flush()
+	o.store.Abandon()
 	o.file.OnStep = nil
 	if bad != nil || err != nil && !errors.Is(err, syscall.ENOSPC) {
 		return errors.Join(bad, err)
 	}
 	if err == nil {
+		w.stats.Recovered++
 		if err = w.compare(found, o.file.Crash(w.rng), NewMemory(), Power); err != nil {
 			return fmt.Errorf("power cut after a recovery: %w", err)
 		}
@@ -127,12 +161,13 @@ func canCopy(m exception.Memory) bool {
 	return ok
 }
 
-// compare opens the store in f and compares its device with an oracle.
+// compare opens the store in f, which nobody else uses, and compares its device
+// with an oracle.
 func (w *world) compare(with *Oracle, f *disktest.File, m exception.Memory, rule Death) error {
 	o, err := w.take(f, m, false)
 	if err != nil {
 		return err
 	}
-	defer o.store.Abandon()
+	defer w.leave(o)
 	return with.Check(o.p, rule)
 }

@@ -47,16 +47,17 @@ type world struct {
 	// by here.
 	rng     *rand.Rand
 	stats   Stats
-	left    int    // phases of file operations until the session dies; 0: not by itself
-	death   Death  // how
-	dead    *after // what is left then
-	fault   int    // file operations until one fails; 0: none
-	began   bool   // a change or a flush of the session has succeeded
-	full    bool   // the disk of the session is a small one
-	faulted bool   // an operation of the session was made to fail
-	broken  bool   // and it was a sync
-	died    bool   // a fate came true
-	failed  error  // the first violation
+	left    int      // phases of file operations until the session dies; 0: not by itself
+	death   Death    // how
+	dead    *after   // what is left then
+	fault   int      // file operations until one fails; 0: none
+	began   bool     // a change or a flush of the session has succeeded
+	full    bool     // the disk of the session is a small one
+	faulted bool     // an operation of the session was made to fail
+	broken  bool     // and it was a sync
+	died    bool     // a fate came true
+	failed  error    // the first violation
+	buffers [][]byte // of the device's size, for take
 
 	traceMu sync.Mutex
 	trace   []line
@@ -73,6 +74,7 @@ func Walk(cfg Config) (Stats, error) {
 }
 
 func (w *world) walk() error {
+	w.stats.Walks++
 	err := w.create()
 	for n := 0; n < w.cfg.Sessions && err == nil; n++ {
 		err = w.oneSession()
@@ -231,6 +233,9 @@ func (w *world) plan() {
 	if w.decided() {
 		f := w.cfg.first
 		w.left, w.death, w.fault = f.left, f.death, f.fault
+	}
+	if w.session.Adopted() {
+		w.stats.Adopted++
 	}
 	w.note("open; adopted %v", w.session.Adopted())
 }

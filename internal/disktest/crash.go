@@ -80,13 +80,14 @@ func (f *File) copy(also func()) *File {
 		also()
 	}
 	return &File{
-		rng:      rand.New(rand.NewPCG(f.lastSeq, f.ops)),
+		seed:     [2]uint64{f.lastSeq, f.ops},
 		view:     f.view.clone(),
 		size:     f.size,
 		durable:  f.durable.clone(),
 		durSize:  f.durSize,
 		pending:  append([]change(nil), f.pending...),
 		lastSeq:  f.lastSeq,
+		astray:   f.astray,
 		maxPages: f.maxPages,
 	}
 }
@@ -97,17 +98,30 @@ func (f *File) copy(also func()) *File {
 func (f *File) DropCache(off, n int64) error {
 	f.mu.Lock()
 	defer f.mu.Unlock()
+	if !f.astray {
+		return nil // it reads as the disk does, or will
+	}
+	disk := f.onDisk()
+	if off == 0 && n == 0 {
+		f.view, f.astray = disk, false
+		return nil
+	}
 	if n == 0 {
 		n = max(0, f.size-off)
 	}
-	disk, size := f.durable.clone(), f.durSize
-	for _, c := range f.pending {
-		c.apply(&disk, &size)
+	for at := down(off); at < off+n; at += SectorSize {
+		f.view.setSector(at, disk.sector(at))
 	}
-	p := make([]byte, n)
-	disk.read(p, off)
-	f.view.put(f.view.widen(p, off))
 	return nil
+}
+
+// onDisk returns what the disk will hold once all that is pending is there.
+func (f *File) onDisk() pages {
+	disk, size := f.durable.clone(), f.durSize
+	for i := range f.pending {
+		f.pending[i].apply(&disk, &size)
+	}
+	return disk
 }
 
 // Pending returns the number of changes that no sync has covered.
@@ -123,4 +137,5 @@ func (f *File) Poke(p []byte, off int64) {
 	defer f.mu.Unlock()
 	f.durable.put(f.durable.widen(p, off))
 	f.view.put(f.view.widen(p, off))
+	f.astray = true // where a pending change is to go over it
 }

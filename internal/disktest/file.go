@@ -28,7 +28,8 @@ type File struct {
 	Inject func(Op) Fault
 
 	mu       sync.Mutex
-	rng      *rand.Rand // decides what a failed sync leaves
+	seed     [2]uint64
+	rng      *rand.Rand // of seed, decides what a failed sync leaves; nil until one does
 	closed   bool
 	view     pages // what ReadAt sees: the page cache
 	size     int64
@@ -36,6 +37,7 @@ type File struct {
 	durSize  int64
 	pending  []change // in the order made
 	lastSeq  uint64   // of the last change
+	astray   bool     // view may differ from what is durable or pending
 	ops      uint64   // operations begun
 	maxPages int      // of view; 0 is no limit
 	record   int      // operations kept; 0 none
@@ -45,7 +47,7 @@ type File struct {
 // New returns an empty file. The seed decides only what failed syncs leave
 // behind.
 func New(seed uint64) *File {
-	return &File{rng: rand.New(rand.NewPCG(seed, 0))}
+	return &File{seed: [2]uint64{seed, 0}}
 }
 
 // FromBytes returns a file that holds a copy of p, all of it durable.
@@ -61,8 +63,8 @@ func FromBytes(seed uint64, p []byte) *File {
 func (f *File) revive() {
 	f.view = f.durable.clone()
 	f.size = f.durSize
-	for _, c := range f.pending {
-		c.apply(&f.view, &f.size)
+	for i := range f.pending {
+		f.pending[i].apply(&f.view, &f.size)
 	}
 }
 

@@ -26,23 +26,33 @@ type page struct {
 	s  [pageSize / SectorSize]*sector
 }
 
-// pages is a sparse array of bytes whose copies share their pages until one
-// of them writes. A page that is absent reads as zeros.
+// pages is a sparse array of bytes whose copies share everything until one of
+// them writes. A page that is absent reads as zeros.
 type pages struct {
 	low  []*page
 	high map[int64]*page
-	by   *owner
-	n    int // pages present
+	by   *owner // nil: low and high are shared, and all pages
+	n    int    // pages present
 }
 
-// clone returns a copy that shares all pages with t.
+// clone returns a copy that shares everything with t.
 func (t *pages) clone() pages {
 	t.by = nil // what it owned is shared now
-	c := pages{n: t.n, low: append([]*page(nil), t.low...)}
-	if len(t.high) > 0 {
-		c.high = maps.Clone(t.high)
+	return *t
+}
+
+// own makes low and high those of t alone.
+func (t *pages) own() {
+	if t.by != nil {
+		return
 	}
-	return c
+	t.by = new(owner)
+	t.low = append([]*page(nil), t.low...)
+	if len(t.high) > 0 {
+		t.high = maps.Clone(t.high)
+	} else {
+		t.high = nil
+	}
 }
 
 // get returns page i, nil when it is absent.
@@ -56,6 +66,7 @@ func (t *pages) get(i int64) *page {
 	return t.high[i]
 }
 
+// set makes p page i. t has its own tables.
 func (t *pages) set(i int64, p *page) {
 	if i >= denseBytes/pageSize {
 		if t.high == nil {
@@ -72,9 +83,7 @@ func (t *pages) set(i int64, p *page) {
 
 // writable returns page i as one that t alone holds.
 func (t *pages) writable(i int64) *page {
-	if t.by == nil {
-		t.by = new(owner)
-	}
+	t.own()
 	old := t.get(i)
 	if old != nil && old.by == t.by {
 		return old
@@ -91,12 +100,13 @@ func (t *pages) writable(i int64) *page {
 
 // drop makes page i absent.
 func (t *pages) drop(i int64) {
-	switch {
-	case t.get(i) == nil:
+	if t.get(i) == nil {
 		return
-	case i < int64(len(t.low)):
+	}
+	t.own()
+	if i < int64(len(t.low)) {
 		t.low[i] = nil
-	default:
+	} else {
 		delete(t.high, i)
 	}
 	t.n--
@@ -108,6 +118,13 @@ func (t *pages) sector(off int64) *sector {
 		return pg.s[off%pageSize/SectorSize]
 	}
 	return nil
+}
+
+// setSector makes s the sector at off, which is aligned; nil for zeros.
+func (t *pages) setSector(off int64, s *sector) {
+	if s != nil || t.sector(off) != nil {
+		t.writable(off / pageSize).s[off%pageSize/SectorSize] = s
+	}
 }
 
 // read fills p from off on.

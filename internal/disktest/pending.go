@@ -170,6 +170,9 @@ func (c change) part(from, to int64) change {
 // holds its pages for clean. A size is no page: it stays pending, since a
 // filesystem that cannot write its own structures stops altogether.
 func (f *File) doom(chosen func(*change) bool) {
+	if f.rng == nil {
+		f.rng = rand.New(rand.NewPCG(f.seed[0], f.seed[1]))
+	}
 	rest := make([]change, 0, len(f.pending))
 	for i := range f.pending {
 		c := &f.pending[i]
@@ -178,6 +181,7 @@ func (f *File) doom(chosen func(*change) bool) {
 			continue
 		}
 		c.some(anyTear(f.rng), f.rng, &f.durable, &f.durSize)
+		f.astray = true
 	}
 	f.pending = rest
 	f.durable.cutAt(f.durSize)
