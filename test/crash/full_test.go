@@ -202,6 +202,7 @@ func TestFullDisk(t *testing.T) {
 	}
 	c.start()
 	c.compare(failed, failed+4*blockSize)
+	c.toldOfRoom()
 	if err := c.write(20<<20, 1<<20); !errors.Is(err, syscall.ENOSPC) {
 		t.Fatalf("write without room: %v, expected ENOSPC", err)
 	}
@@ -225,6 +226,43 @@ func (c *fullCase) check() {
 	if out, err := command(patience, program, "check", "--quiet", c.store); err != nil {
 		c.t.Fatalf("check: %v\n%s", err, out)
 	}
+}
+
+// toldOfRoom waits for the server's log to tell that there is hardly any room,
+// and looks for it in `info`.
+func (c *fullCase) toldOfRoom() {
+	c.t.Helper()
+	const low = "LOW, below 1 %"
+	waitFor(c.t, "word of little room", func() bool { return strings.Contains(c.server.stderr(), low) })
+	if out, err := command(patience, program, "info", c.store); err != nil || !strings.Contains(out, low) {
+		known(c.t, "info does not tell how little room there is: %v\n%s", err, out)
+	}
+}
+
+// TestFullDiskParkEnds: a write that has waited for as long as it was told to
+// is answered ENOSPC, and the next one goes on when there is room.
+func TestFullDiskParkEnds(t *testing.T) {
+	c := newFullCase(t, "--on-full=park=200ms")
+	c.mustWrite(0, 1<<20)
+	ballast := fill(t, c.dir)
+	begin := time.Now()
+	if err := c.write(16<<20, 2<<20); !errors.Is(err, syscall.ENOSPC) {
+		t.Fatalf("a write that nothing makes room for: %v, expected ENOSPC", err)
+	}
+	if waited := time.Since(begin); waited < 200*time.Millisecond {
+		t.Errorf("it waited for %v, expected 200ms", waited)
+	}
+	c.compare(16<<20, 18<<20)
+	c.mustFlush()
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	c.mustWrite(16<<20, 2<<20)
+	c.compare(0, 0)
+	if err := c.server.close(); err != nil {
+		t.Fatal(err)
+	}
+	c.check()
 }
 
 // TestFullDiskPark: a write waits for room while reads go on.

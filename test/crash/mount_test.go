@@ -129,6 +129,9 @@ func (n *node) Open(context.Context, uint32) (fs.FileHandle, uint32, syscall.Err
 
 func (n *node) Read(_ context.Context, _ fs.FileHandle, p []byte, off int64) (fuse.ReadResult, syscall.Errno) {
 	got, err := n.file.ReadAt(p, off)
+	if errors.Is(err, syscall.EINTR) && got > 0 {
+		err = nil // a signal in the middle of it: a short read
+	}
 	if err != nil && err != io.EOF {
 		return nil, errno(err)
 	}

@@ -64,6 +64,25 @@ func command(limit time.Duration, name string, args ...string) (string, error) {
 	return string(out), err
 }
 
+// exitStatus returns the status that a command's error tells, -1 for another.
+func exitStatus(err error) int {
+	var ee *exec.ExitError
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &ee):
+		return ee.ExitCode()
+	}
+	return -1
+}
+
+// known tells of what is wrong and not mended yet: docs/testing.md has it among
+// the findings, as open. What is mended is taken from here.
+func known(t *testing.T, format string, args ...any) {
+	t.Helper()
+	t.Logf("KNOWN: "+format, args...)
+}
+
 // A server is a running `cowdev serve`.
 type server struct {
 	cmd    *exec.Cmd
