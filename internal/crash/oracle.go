@@ -38,7 +38,11 @@ func (d Death) String() string {
 // began after the first had ended, and that was acknowledged (for readers and
 // after the death of the process) or flushed (after a power cut). Every other
 // version may be found. A change that failed is sure of nothing, and neither
-// is one that is under way.
+// is one that is under way, but for this: what a read has found whole, no read
+// that begins later may find undone. So each sector is a linearizable register,
+// except that a read which outlasts a change counts for nothing here: it may look
+// at a place that the change gave up, and see what the next change puts there
+// before that is to be seen.
 type Oracle struct {
 	size int64
 
@@ -59,6 +63,7 @@ type version struct {
 	p              []byte // the sector, shorter at the end of the device
 	part           bool   // the change makes but a part of it
 	begin, end     uint64 // when the change began and ended
+	seen           uint64 // when the first read ended that was sure to be of it; never if none was
 	acked, flushed bool
 }
 
@@ -80,7 +85,7 @@ func (o *Oracle) reset(p []byte) {
 	p = bytes.Clone(p)
 	all := make([]version, len(o.sectors))
 	for s := range o.sectors {
-		all[s] = version{p: o.sector(p, 0, s), acked: true, flushed: true}
+		all[s] = version{p: o.sector(p, 0, s), acked: true, flushed: true, seen: never}
 		o.sectors[s] = all[s : s+1 : s+1]
 	}
 }
@@ -123,7 +128,7 @@ func (o *Oracle) Observe(p []byte, off int64) {
 	p = bytes.Clone(p)
 	o.now++
 	o.each(off, len(p), func(s int) {
-		o.sectors[s] = append(o.sectors[s], version{p: o.sector(p, off, s), begin: o.now, end: o.now, acked: true})
+		o.sectors[s] = append(o.sectors[s], version{p: o.sector(p, off, s), begin: o.now, end: o.now, seen: never, acked: true})
 	})
 }
 
@@ -163,7 +168,7 @@ func (o *Oracle) Write(p []byte, off int64) (*Change, bool) {
 	o.now++
 	c := &Change{o: o, first: int(at / sectorSize), begin: o.now}
 	o.each(at, len(whole), func(s int) {
-		v := version{p: o.sector(whole, at, s), begin: o.now, end: never}
+		v := version{p: o.sector(whole, at, s), begin: o.now, end: never, seen: never}
 		if o.dead {
 			v.end = o.now
 		}
@@ -293,6 +298,7 @@ func (o *Oracle) Reading() *Reading {
 func (r *Reading) Done(p []byte, off int64) error {
 	r.o.mu.Lock()
 	defer r.o.mu.Unlock()
+	r.o.now++
 	delete(r.o.readings, r)
 	var err error
 	r.o.each(off, len(p), func(s int) {
@@ -305,6 +311,7 @@ func (r *Reading) Done(p []byte, off int64) error {
 
 func (r *Reading) check(s int, p []byte) error {
 	may := r.o.candidatesAt(s, Process, r.begin)
+	r.saw(s, p, may)
 	err := r.o.checkSector(s, p, may, "in a read")
 	if err != nil && r.o.Torn && torn(p, may, r.begin) {
 		return nil
@@ -312,15 +319,40 @@ func (r *Reading) check(s int, p []byte) error {
 	return err
 }
 
+// saw notes which version of sector s the read, which ends now, has found, if no
+// other that it could have found reads the same, and all that came before had
+// ended when it began.
+func (r *Reading) saw(s int, p []byte, may []version) {
+	same := func(v version) bool { return bytes.Equal(p, v.p) }
+	i := slices.IndexFunc(may, same)
+	if i < 0 || slices.ContainsFunc(may[i+1:], same) {
+		return
+	}
+	begin, all := may[i].begin, r.o.sectors[s]
+	if slices.ContainsFunc(all, func(v version) bool { return v.end < begin && v.end > r.begin }) {
+		return
+	}
+	for j := range all {
+		if all[j].begin == begin {
+			all[j].seen = min(all[j].seen, r.o.now)
+		}
+	}
+}
+
 // torn reports whether p is put together from words of versions of which one
-// was under way after a moment.
+// was under way after a moment. What is no whole number of words, at a device's
+// end, is copied by bytes.
 func torn(p []byte, may []version, after uint64) bool {
 	overlaps := false
 	for _, v := range may {
 		overlaps = overlaps || v.end > after
 	}
-	for i := 0; i < len(p) && overlaps; i += 8 {
-		end := min(i+8, len(p))
+	word := 8
+	if len(p)%word != 0 {
+		word = 1
+	}
+	for i := 0; i < len(p) && overlaps; i += word {
+		end := i + word
 		found := false
 		for _, v := range may {
 			found = found || bytes.Equal(p[i:end], v.p[i:end])
@@ -373,10 +405,11 @@ func (o *Oracle) candidatesAt(s int, d Death, at uint64) []version {
 }
 
 // sure returns the latest beginning among the versions of sector s that are
-// sure to be there: what ended before it is out.
+// sure to be there: what ended before it is out. What reads have seen counts
+// for other reads alone, not for what a death leaves.
 func (o *Oracle) sure(s int, d Death, at uint64) (begin uint64) {
 	for _, v := range o.sectors[s] {
-		if v.flushed && d == Power || v.acked && d == Process && v.end < at {
+		if v.flushed && d == Power || v.acked && d == Process && v.end < at || d == Process && v.seen < at && at != never {
 			begin = max(begin, v.begin)
 		}
 	}

@@ -122,6 +122,37 @@ func TestOracleReads(t *testing.T) {
 	}
 }
 
+// TestOracleReadsGoOn: no read undoes what an earlier one has found.
+func TestOracleReadsGoOn(t *testing.T) {
+	o := NewOracle(sec('a'))
+	early := o.Reading()
+	c := begin(t, o, 'b')
+	read := func(r *Reading, b byte, want bool) {
+		t.Helper()
+		if err := r.Done(sec(b), 0); (err == nil) != want {
+			t.Errorf("a read of %c: %v", b, err)
+		}
+	}
+	read(o.Reading(), 'a', true)
+	beside := o.Reading()
+	read(o.Reading(), 'b', true)
+	read(o.Reading(), 'a', false)
+	read(beside, 'a', true)
+	read(early, 'a', true)
+	may(t, o, Process, "ab") // nobody was promised it
+	c.Done(errors.New("no"))
+	read(o.Reading(), 'a', false)
+	read(o.Reading(), 'b', true)
+	begin(t, o, 'b').Done(nil)
+	read(o.Reading(), 'b', true)
+
+	outlasts := o.Reading() // another change
+	begin(t, o, 'd').Done(nil)
+	begin(t, o, 'e')
+	read(outlasts, 'e', true)
+	read(o.Reading(), 'd', true)
+}
+
 // TestOracleParts writes less than a sector, and a device's short end.
 func TestOracleParts(t *testing.T) {
 	o := NewOracle(append(sec('a'), 'y', 'z'))
