@@ -3,6 +3,7 @@ package nbdserver_test
 import (
 	"fmt"
 	"io"
+	"sync"
 	"testing"
 	"time"
 
@@ -101,6 +102,35 @@ func TestNoAllocations(t *testing.T) {
 		// A collection may empty the pools, and goroutines may be begun.
 		if n := testing.AllocsPerRun(200, func() { v.fire(t) }); n > 3 {
 			t.Errorf("%s: %v allocations for 16 requests, expected none", l.name, n)
+		}
+	}
+}
+
+func BenchmarkConnections(b *testing.B) {
+	for _, conns := range []int{1, 4, 16} {
+		for _, depth := range []int{16, 64} {
+			b.Run(fmt.Sprintf("%d/depth %d", conns, depth), func(b *testing.B) {
+				r := serveDevice(b, newMemDevice(testSize))
+				var vs []*volley
+				for range conns {
+					c := r.dial(simple)
+					c.SetDeadline(time.Time{})
+					v := newVolley(c, loads[0].req, depth)
+					v.fire(b)
+					vs = append(vs, v)
+				}
+				b.ReportAllocs()
+				b.ResetTimer()
+				var all sync.WaitGroup
+				for _, v := range vs {
+					all.Go(func() {
+						for i := 0; i < b.N; i += depth * conns {
+							v.fire(b)
+						}
+					})
+				}
+				all.Wait()
+			})
 		}
 	}
 }

@@ -43,6 +43,7 @@ func (c *conn) read(r *request) error {
 	if ok && c.in.raw != nil {
 		b.show(vecs, int(r.n))
 		c.count.read += uint64(r.n)
+		c.moved += int(r.n)
 		return nil
 	}
 	b.cut(m)
@@ -97,6 +98,7 @@ func (c *conn) readHere(r *request) error {
 	c.b.wrote(c.appendData(c.b.head, r, nbd.ReplyFlagDone, r.off, len(p)))
 	c.b.copiedTo(p)
 	c.count.read += uint64(r.n)
+	c.moved += int(r.n)
 	return nil
 }
 
@@ -116,6 +118,7 @@ func (c *conn) readCopied(r *request) error {
 	c.b.wrote(c.appendData(c.b.head, r, nbd.ReplyFlagDone, r.off, len(p)))
 	c.b.copiedTo(p)
 	c.count.read += uint64(r.n)
+	c.moved += int(r.n)
 	return nil
 }
 
@@ -215,6 +218,7 @@ func (c *conn) changed(r *request, err error) error {
 	}
 	if r.kind == nbd.CmdWrite {
 		c.count.written += uint64(r.n)
+		c.moved += int(r.n)
 	}
 	if r.flags&nbd.CmdFlagFUA != 0 {
 		return c.sync(r)

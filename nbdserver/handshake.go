@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"runtime"
 	"time"
 
 	"github.com/cowdev/cowdev/internal/nbd"
@@ -82,6 +83,7 @@ func (c *conn) handshake() (*session, error) {
 		return nil, err
 	}
 	for range maxOptions {
+		runtime.Gosched() // others have their turn, though options come without end
 		done, err := h.option()
 		if err != nil {
 			return nil, err

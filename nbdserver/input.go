@@ -33,6 +33,7 @@ type input struct {
 
 	readSocket func(fd uintptr) bool // in.read, made once
 	askSocket  func(fd uintptr)      // in.ask, likewise
+	waited     bool                  // fill found nothing and gave others their turn
 	waiting    int                   // bytes that ask found
 	err        error                 // what it met
 }
@@ -68,7 +69,7 @@ func (in *input) fill() error {
 	if in.raw == nil {
 		return in.fillStream()
 	}
-	in.err = nil
+	in.err, in.waited = nil, false
 	if err := in.raw.Read(in.readSocket); err != nil {
 		return err
 	}
@@ -121,6 +122,7 @@ func (in *input) read(fd uintptr) bool {
 			continue
 		case err == unix.EAGAIN:
 			in.rest()
+			in.waited = true
 			return false
 		case err != nil:
 			in.err = err

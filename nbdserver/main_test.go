@@ -7,11 +7,15 @@ import (
 	"go.uber.org/goleak"
 )
 
-// The tests' binary is also the server that hostile clients attack, and no
+// The tests' binary is also the server that is attacked and the attackers, and no
 // test may leave a goroutine behind.
 func TestMain(m *testing.M) {
 	if os.Getenv(victimEnv) != "" {
 		victim()
+		return
+	}
+	if os.Getenv(attackEnv) != "" {
+		attackServer()
 		return
 	}
 	goleak.VerifyTestMain(m)

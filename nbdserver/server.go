@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/netip"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"syscall"
@@ -96,6 +97,7 @@ type Server struct {
 	log     limitedLog
 	count   counters
 	workers workers
+	crowd   int64 // connections from which each is served in slices
 
 	mu        sync.Mutex
 	closing   bool
@@ -137,6 +139,7 @@ func New(cfg Config) (*Server, error) {
 	}
 	s.log.to = cfg.ErrorLog
 	s.workers.init()
+	s.crowd = 2*int64(runtime.GOMAXPROCS(0)) + 1
 	return s, nil
 }
 
@@ -299,6 +302,10 @@ func (s *Server) isClosing() bool {
 	defer s.mu.Unlock()
 	return s.closing
 }
+
+// crowded says that there are so many connections that they may have to wait
+// for one another. Few do not: Go runs them at once.
+func (s *Server) crowded() bool { return s.count.connections.Load() >= s.crowd }
 
 func (s *Server) addListener(l net.Listener) bool {
 	s.mu.Lock()
