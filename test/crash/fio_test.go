@@ -35,7 +35,7 @@ func TestFio(t *testing.T) {
 	}
 	f := newFio(t)
 	begin := time.Now()
-	for round := 0; round < rounds && (long() || time.Since(begin) < 12*time.Second); round++ {
+	for round := 0; round < rounds && (long() || time.Since(begin) < 8*time.Second); round++ {
 		f.round(round)
 	}
 	// What the last rounds wrote has outlived the kills that came after.
