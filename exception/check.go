@@ -270,11 +270,11 @@ func (c *checker) leaks(owner map[uint32]block.Chunk, data spans) {
 	if c.report.Leaked == 0 || !c.h.Clean {
 		return // after a crash they are taken again before new ones
 	}
-	c.add(Problem{
-		What:   fmt.Sprintf("%d bytes of slots that no chunk has", c.report.Leaked),
-		Fix:    "give them back",
-		repair: func(r *repairer) error { return r.punch(lost) },
-	})
+	p := Problem{What: fmt.Sprintf("%d bytes of slots that no chunk has", c.report.Leaked)}
+	if !c.report.Harmed() { // else they may be those of a chunk whose entry is damaged
+		p.Fix, p.repair = "give them back", func(r *repairer) error { return r.punch(lost) }
+	}
+	c.add(p)
 }
 
 // spans are ranges of the file in order, neighbours joined.

@@ -129,6 +129,10 @@ func lookAt(path string) (*storeInfo, error) {
 	info.header(s.Header())
 	u := usageOf(s)
 	info.Chunks, info.Stored, info.Zero = u.chunks, u.stored, u.zero
+	info.Broken = exception.Shared{}.Broken(s.Header().UUID)
+	if r, err := roomFor(path, info.DeviceSize, u); err == nil {
+		info.Room = &r
+	}
 	return info, nil
 }
 

@@ -37,6 +37,12 @@ const (
 
 var mutants = []mutant{
 	{
+		name: "torn-punch-believed", breaks: "R18: the log's room is taken for whole though a close gave it back",
+		file: "exception/recover.go", mode: crowd,
+		old: "\tif whole {\n\t\treturn n, nil",
+		new: "\tif whole {\n\t\treturn s.shape.logLen, nil",
+	},
+	{
 		name: "mapping-before-data", breaks: "2: records the mapping of data that is not durable",
 		file: "exception/commit.go", mode: alone, ci: true,
 		old: "commitInPlace(changes []change) error {\n\tif err := s.sync(); err != nil {",

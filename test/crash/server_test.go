@@ -76,13 +76,6 @@ func exitStatus(err error) int {
 	return -1
 }
 
-// known tells of what is wrong and not mended yet: docs/testing.md has it among
-// the findings, as open. What is mended is taken from here.
-func known(t *testing.T, format string, args ...any) {
-	t.Helper()
-	t.Logf("KNOWN: "+format, args...)
-}
-
 // A server is a running `cowdev serve`.
 type server struct {
 	cmd    *exec.Cmd
