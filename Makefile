@@ -11,7 +11,7 @@ TEST = ./test/vm ./test/crash ./...
 # Packages whose concurrency is also run under the race detector, in short.
 RACE = ./internal/disk ./internal/keeper ./image ./exception ./cow ./nbdserver ./merge
 
-.PHONY: all build demo test packages vet unit race bench bench-quick crash soak fuzz clean
+.PHONY: all build demo test packages vet unit race bench bench-quick bench-vm crash soak fuzz clean
 
 all: build
 
@@ -65,6 +65,10 @@ bench:
 
 bench-quick:
 	scripts/bench quick
+
+# Beside dm-snapshot, in a guest whose kernel has it.
+bench-vm:
+	scripts/bench vm
 
 clean:
 	rm -rf bin

@@ -3,8 +3,10 @@
 //
 //	bench run      the whole matrix: results.json, and docs/benchmarks.md made of it
 //	bench report   docs/benchmarks.md again, from a results.json
+//	bench vm       cowdev and dm-snapshot in a guest: vm.json, and their part of docs/benchmarks.md
 //	bench load     one job on one server (JSON on stdin; package load)
 //	bench limit    the limit server (package limit)
+//	bench guest    what "bench vm" runs in the guest (package guest)
 //
 // Rounds are interleaved: in each, every server runs every row once, in an
 // order that rotates, so that what a machine does over time meets all alike. A

@@ -15,20 +15,7 @@ import (
 // the marks of a document that is there already is replaced, and the rest of
 // it kept: what the figures mean is for people to write.
 func (r *Results) writeDocs(dir string) error {
-	path := filepath.Join(dir, "benchmarks.md")
-	old, err := os.ReadFile(path)
-	if err != nil && !os.IsNotExist(err) {
-		return err
-	}
-	before, after := "# Benchmarks\n\n", ""
-	if i := strings.Index(string(old), beginMark); i >= 0 {
-		before = string(old[:i])
-		if j := strings.Index(string(old), endMark); j >= 0 {
-			after = string(old[j+len(endMark):])
-		}
-	}
 	var w strings.Builder
-	w.WriteString(before + beginMark + "\n")
 	r.writeConditions(&w)
 	r.writeTargets(&w)
 	if err := r.writePlots(&w, dir); err != nil {
@@ -36,8 +23,27 @@ func (r *Results) writeDocs(dir string) error {
 	}
 	r.writeFigures(&w)
 	r.writeExtras(&w)
-	w.WriteString(endMark + after)
-	return os.WriteFile(path, []byte(w.String()), 0o644)
+	return replaceMarked(filepath.Join(dir, "benchmarks.md"), beginMark, endMark, w.String())
+}
+
+// replaceMarked puts text between two marks of a document: in place of what
+// is there, or at the end of one that has them not yet.
+func replaceMarked(path, begin, end, text string) error {
+	old, err := os.ReadFile(path)
+	if os.IsNotExist(err) {
+		old, err = []byte("# Benchmarks\n"), nil
+	}
+	if err != nil {
+		return err
+	}
+	before, after := string(old)+"\n", "\n"
+	if i := strings.Index(string(old), begin); i >= 0 {
+		before = string(old[:i])
+		if j := strings.Index(string(old), end); j >= 0 {
+			after = string(old[j+len(end):])
+		}
+	}
+	return os.WriteFile(path, []byte(before+begin+"\n"+text+end+after), 0o644)
 }
 
 // The marks that what is generated stands between.

@@ -29,11 +29,16 @@ type Results struct {
 func versions(cowdev string) []string {
 	var all []string
 	for _, cmd := range [][]string{{cowdev, "--version"}, {"qemu-nbd", "--version"}, {"nbdkit", "--version"}, {"nbd-server", "-V"}} {
-		out, _ := exec.Command(cmd[0], cmd[1:]...).CombinedOutput()
-		line, _, _ := bytes.Cut(out, []byte("\n"))
-		all = append(all, string(line))
+		all = append(all, firstLine(cmd...))
 	}
 	return all
+}
+
+// firstLine returns the first line that a command prints.
+func firstLine(cmd ...string) string {
+	out, _ := exec.Command(cmd[0], cmd[1:]...).CombinedOutput()
+	line, _, _ := bytes.Cut(out, []byte("\n"))
+	return string(line)
 }
 
 // commands returns how each server was run.

@@ -178,13 +178,15 @@ func writeReport(results, docs string) error {
 func newFiller() *rand.ChaCha8 { return rand.NewChaCha8([32]byte{'b', 'e', 'n', 'c', 'h'}) }
 
 // save writes the results as JSON.
-func (r *Results) save(dir string) error {
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+func (r *Results) save(dir string) error { return saveJSON(filepath.Join(dir, "results.json"), r) }
+
+func saveJSON(path string, v any) error {
+	if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
 		return err
 	}
-	b, err := json.MarshalIndent(r, "", "\t")
+	b, err := json.MarshalIndent(v, "", "\t")
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, "results.json"), b, 0o644)
+	return os.WriteFile(path, b, 0o644)
 }

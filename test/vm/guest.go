@@ -24,11 +24,12 @@ var guestInit string
 
 // Options say what a guest is given.
 type Options struct {
-	Dir    string            // of the caller, for what the guest's qemu needs on disk
-	Files  map[string]string // by their name below /job: files of the host
-	Script string            // run by bash, in /job
-	Disks  []string          // raw files of the host, changed in place
-	Memory int               // MiB, default 1536
+	Dir      string            // of the caller, for what the guest's qemu needs on disk
+	Files    map[string]string // by their name below /job: files of the host
+	Programs []string          // of the host, by name, with their libraries: what few guests need
+	Script   string            // run by bash, in /job
+	Disks    []string          // raw files of the host, changed in place
+	Memory   int               // MiB, default 1536
 	// Line is told every line the script prints, in order, by one goroutine.
 	Line func(line string)
 }
@@ -52,7 +53,7 @@ var ErrNoResult = errors.New("the guest stopped without a result")
 // Boot starts a guest and returns at once. It is killed when ctx ends.
 func (img *Image) Boot(ctx context.Context, o Options) (*Machine, error) {
 	initrd := filepath.Join(o.Dir, "initrd")
-	if err := img.writeInitrd(initrd, o); err != nil {
+	if err := img.writeInitrd(ctx, initrd, o); err != nil {
 		return nil, err
 	}
 	m := &Machine{
@@ -82,7 +83,7 @@ func (img *Image) Boot(ctx context.Context, o Options) (*Machine, error) {
 
 // writeInitrd writes the root and, as a second archive behind it, the test's
 // files.
-func (img *Image) writeInitrd(name string, o Options) error {
+func (img *Image) writeInitrd(ctx context.Context, name string, o Options) error {
 	root, err := os.Open(img.root)
 	if err != nil {
 		return err
@@ -101,6 +102,15 @@ func (img *Image) writeInitrd(name string, o Options) error {
 	c.bytes("/job/run.sh", []byte(o.Script), 0o644)
 	for to, from := range o.Files {
 		if err := c.file(filepath.Join("/job", to), from); err != nil {
+			return err
+		}
+	}
+	for _, name := range o.Programs {
+		p, err := lookTool(name)
+		if err != nil {
+			return err
+		}
+		if err := addBinary(ctx, c, p); err != nil {
 			return err
 		}
 	}

@@ -36,7 +36,7 @@ var tools = []string{
 var modules = []string{
 	"virtio_pci", "virtio_blk", "virtio_console", "virtio_rng",
 	"crc32c_generic", "libcrc32c",
-	"nbd", "loop", "fuse", "xfs", "btrfs", "vfat", "nls_cp437", "nls_iso8859-1", "nls_ascii",
+	"nbd", "loop", "fuse", "xfs", "btrfs", "dm_snapshot", "vfat", "nls_cp437", "nls_iso8859-1", "nls_ascii",
 }
 
 // bootModules are the first of modules: those /init loads before all else.
