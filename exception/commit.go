@@ -26,6 +26,7 @@ type commits struct {
 
 	unsyncedMu sync.Mutex
 	unsynced   []change   // what is not known to be in place, and durable there
+	forgotten  int        // of it, how much came before and was synced
 	checking   sync.Mutex // held by the checkpoint
 	background sync.WaitGroup
 	pending    bool // a checkpoint in the background has been asked for; under mu
@@ -231,19 +232,47 @@ func (s *Store) apply(changes []change) {
 	s.log.applied = s.log.head
 }
 
-// sync makes the data in place durable. What is dirty from then on is what was
-// written since it began.
+// sync makes the data in place durable, for the committer and recovery. What
+// is dirty from then on is what was written since it began.
 func (s *Store) sync() error {
-	c := &s.commits
+	return s.commits.syncing(func() error {
+		if err := s.file.Sync(); err != nil {
+			return s.fail("sync the store", err)
+		}
+		return nil
+	})
+}
+
+// syncing runs sync, and notes what it made durable.
+func (c *commits) syncing(sync func() error) error {
 	c.unsyncedMu.Lock()
-	n := len(c.unsynced)
+	upTo := c.forgotten + len(c.unsynced)
 	c.unsyncedMu.Unlock()
-	if err := s.file.Sync(); err != nil {
-		return s.fail("sync the store", err)
+	if err := sync(); err != nil {
+		return err
 	}
 	c.unsyncedMu.Lock()
-	c.unsynced = slices.Delete(c.unsynced, 0, min(n, len(c.unsynced)))
+	if n := upTo - c.forgotten; n > 0 { // else another sync noted it
+		c.unsynced = slices.Delete(c.unsynced, 0, n)
+		c.forgotten = upTo
+	}
 	c.unsyncedMu.Unlock()
+	return nil
+}
+
+// syncBeside makes what was written durable, for what runs beside the
+// committer. They take turns, and none goes on after the failure of another:
+// it may have been told of what this one relies on. The committer is told by
+// the file itself (R8).
+func (s *Store) syncBeside(what string) error {
+	s.besideMu.Lock()
+	defer s.besideMu.Unlock()
+	if err := s.Broken(); err != nil {
+		return err
+	}
+	if err := s.file.SyncBeside(); err != nil {
+		return s.fail(what, err)
+	}
 	return nil
 }
 
@@ -306,7 +335,7 @@ func (s *Store) checkpoint() error {
 	if idle {
 		return nil
 	}
-	if err := s.sync(); err != nil {
+	if err := c.syncing(func() error { return s.syncBeside("sync the store") }); err != nil {
 		return err
 	}
 	if err := s.writeTable(pages); err != nil {
@@ -339,10 +368,7 @@ func (s *Store) writeTable(pages map[int64]bool) error {
 			return s.fail("write the table", err)
 		}
 	}
-	if err := s.file.Sync(); err != nil {
-		return s.fail("sync the table", err)
-	}
-	return nil
+	return s.syncBeside("sync the table")
 }
 
 // encodePage writes page n of the table into p.

@@ -48,6 +48,11 @@ func open(f disk.File, o Options) (*Store, error) {
 	if o.ReadOnly {
 		o.Memory = copyOf{o.Memory}
 	}
+	if d, ok := f.(interface{ Split() error }); ok && !o.ReadOnly {
+		if err := d.Split(); err != nil {
+			return nil, fmt.Errorf("%w (is /proc mounted?)", err)
+		}
+	}
 	s := newStore(f, h, o)
 	s.believe(h, copies)
 	if s.live, err = newLive(o.Memory, h.UUID, h.Chunks()); err != nil {

@@ -161,6 +161,9 @@ func (s *Store) makeRoom(n int64) error {
 // put encodes r into n bytes at the head, writes it and moves the head.
 func (s *Store) put(r *record, n int64, data []byte) error {
 	l := &s.log
+	if err := s.Broken(); err != nil {
+		return err
+	}
 	r.epoch, r.seq, r.prev = s.epoch, l.head.seq, l.head.chain
 	p := slices.Grow(l.buf[:0], int(n))[:n]
 	l.buf = p

@@ -179,6 +179,8 @@ type Store struct {
 	superMu  sync.Mutex
 	header   Header
 
+	besideMu sync.Mutex // held while what runs beside the committer syncs
+
 	overwrite func(p []byte, off int64) bool // see OverwriteBy; nil for none
 
 	broken  atomic.Pointer[breakage]
@@ -333,8 +335,8 @@ func (s *Store) writeSuper(change func(*Header)) error {
 		if _, err := s.file.WriteAt(encodeSuper(&h, at), at); err != nil {
 			return s.fail("write superblock", err)
 		}
-		if err := s.file.Sync(); err != nil {
-			return s.fail("sync superblock", err)
+		if err := s.syncBeside("sync superblock"); err != nil {
+			return err
 		}
 	}
 	s.header = h

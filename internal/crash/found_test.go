@@ -3,9 +3,12 @@ package crash
 // What walks have found once in millions of states, made certain.
 
 import (
+	"bytes"
 	"math/rand/v2"
+	"sync/atomic"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cowdev/cowdev/block"
 	"github.com/cowdev/cowdev/exception"
@@ -71,4 +74,56 @@ func cutNextSession(t *testing.T, f *disktest.File, rng *rand.Rand) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
+}
+
+// TestFoundFailedSyncToldOnce lets the sync of a checkpoint fail while a commit
+// that relies on the same sync's data is on its way. A system tells of lost
+// data once to each opening of a file: the commit must learn of it too.
+func TestFoundFailedSyncToldOnce(t *testing.T) {
+	const size = 64 << 10
+	f := disktest.New(1)
+	if err := exception.Create(f, exception.Params{Geometry: block.Geometry{Size: size, ChunkSize: 8192}, LogSize: 64 << 10}); err != nil {
+		t.Fatal(err)
+	}
+	s, dev, err := open(make([]byte, size), f, exception.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	write := func(n int, off int64) {
+		if _, err := dev.WriteAt(bytes.Repeat([]byte{1}, n), off); err != nil {
+			t.Error(err)
+		}
+	}
+	// Enough records for a checkpoint, each durable by itself.
+	var armed, once atomic.Bool
+	told := make(chan error, 1)
+	f.Inject = func(op disktest.Op) disktest.Fault {
+		if op.Kind == disktest.Sync && armed.CompareAndSwap(true, false) {
+			write(40<<10, 24<<10) // too much for the log: a commit must sync it in place
+			return disktest.Fault{Err: syscall.EIO}
+		}
+		return disktest.Fault{}
+	}
+	f.OnStep = func(op disktest.Op, phase disktest.Phase) {
+		if phase == disktest.Failed && once.CompareAndSwap(false, true) {
+			told <- dev.Flush()
+		}
+	}
+	write(512, 0)
+	armed.Store(true)
+	for range 5 { // records of 4 KiB: one more than a checkpoint waits for
+		write(512, 0)
+		if err := dev.Flush(); err != nil {
+			break // the checkpoint has failed by now
+		}
+	}
+	select {
+	case err := <-told:
+		if err == nil {
+			t.Error("power cut in what a flush relied on: it succeeded, and the failed sync of the checkpoint may have lost its data")
+		}
+	case <-time.After(time.Minute):
+		t.Fatal("no checkpoint synced")
+	}
+	s.Abandon()
 }

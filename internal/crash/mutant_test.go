@@ -37,6 +37,12 @@ const (
 
 var mutants = []mutant{
 	{
+		name: "failed-sync-told-once", breaks: "2, 9: a commit goes on when a checkpoint beside it was told of its lost data",
+		file: "exception/commit.go", mode: found,
+		old: "s.file.SyncBeside()",
+		new: "s.file.Sync()",
+	},
+	{
 		name: "torn-punch-believed", breaks: "R18: the log's room is taken for whole though a close gave it back",
 		file: "exception/recover.go", mode: crowd,
 		old: "\tif whole {\n\t\treturn n, nil",
@@ -153,14 +159,14 @@ var mutants = []mutant{
 	{
 		name: "checkpoint-without-sync", breaks: "R15: the log is freed though its data is not in place",
 		file: "exception/commit.go", mode: alone,
-		old: "\tif err := s.sync(); err != nil {\n\t\treturn err\n\t}\n\tif err := s.writeTable(pages); err != nil {",
-		new: "\tif err := s.writeTable(pages); err != nil {",
+		old: "syncing(func() error { return s.syncBeside(\"sync the store\") })",
+		new: "syncing(func() error { return nil })",
 	},
 	{
 		name: "tail-before-table", breaks: "R15: the log is freed before the table is durable",
 		file: "exception/commit.go", mode: alone,
-		old: "\tif err := s.file.Sync(); err != nil {\n\t\treturn s.fail(\"sync the table\", err)\n\t}\n",
-		new: "",
+		old: "\treturn s.syncBeside(\"sync the table\")\n",
+		new: "\treturn nil\n",
 	},
 	{
 		name: "table-of-live", breaks: "R1: the table is written from what no record says",
@@ -177,8 +183,8 @@ var mutants = []mutant{
 	{
 		name: "both-superblocks-at-once", breaks: "R16: the second superblock is written before the first is durable",
 		file: "exception/store.go", mode: alone,
-		old: "\t\tif err := s.file.Sync(); err != nil {\n\t\t\treturn s.fail(\"sync superblock\", err)\n\t\t}\n",
-		new: "\t\tif at == s.believed {\n\t\t\tif err := s.file.Sync(); err != nil {\n\t\t\t\treturn s.fail(\"sync superblock\", err)\n\t\t\t}\n\t\t}\n",
+		old: "\t\tif err := s.syncBeside(\"sync superblock\"); err != nil {\n\t\t\treturn err\n\t\t}\n",
+		new: "\t\tif at == s.believed {\n\t\t\tif err := s.syncBeside(\"sync superblock\"); err != nil {\n\t\t\t\treturn err\n\t\t\t}\n\t\t}\n",
 	},
 	{
 		name: "retry-a-failed-sync", breaks: "9, R26: a failed sync is passed over and the next one believed",

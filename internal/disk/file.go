@@ -21,6 +21,12 @@ type File interface {
 	// known of any of it.
 	Sync() error
 
+	// SyncBeside is Sync for one who works beside those that call Sync and
+	// WriteSync. A system tells of a write that failed later only once to
+	// each opening of a file: so it is told here as well as there, whoever
+	// comes first. Callers of one and the same of the two ways take turns.
+	SyncBeside() error
+
 	// PunchHole makes [off, off+n) read as zeros and gives the space back
 	// where the file can.
 	PunchHole(off, n int64) error

@@ -23,6 +23,7 @@ type OS struct {
 	f       *os.File
 	fd      int
 	device  bool
+	beside  *os.File    // another opening of the file, for SyncBeside; nil until Split
 	noDsync atomic.Bool // the filesystem knows no data-synchronous write
 }
 
@@ -151,6 +152,28 @@ func (o *OS) WriteSync(p []byte, off int64) error {
 // Sync implements File.
 func (o *OS) Sync() error {
 	if err := retry(func() error { return unix.Fdatasync(o.fd) }); err != nil {
+		return fmt.Errorf("%s: sync: %w", o.Name(), err)
+	}
+	return nil
+}
+
+// Split opens the file a second time, so that SyncBeside learns of every error
+// that Sync learns of. Without it the two are the same.
+func (o *OS) Split() error {
+	f, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", o.fd), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	if err != nil {
+		return fmt.Errorf("%s: open it once more: %w", o.Name(), err)
+	}
+	o.beside = f
+	return nil
+}
+
+// SyncBeside implements File.
+func (o *OS) SyncBeside() error {
+	if o.beside == nil {
+		return o.Sync()
+	}
+	if err := retry(func() error { return unix.Fdatasync(int(o.beside.Fd())) }); err != nil {
 		return fmt.Errorf("%s: sync: %w", o.Name(), err)
 	}
 	return nil
@@ -348,7 +371,13 @@ func describe(pids []int) string {
 }
 
 // Close implements File.
-func (o *OS) Close() error { return o.f.Close() }
+func (o *OS) Close() error {
+	err := o.f.Close()
+	if o.beside != nil {
+		o.beside.Close()
+	}
+	return err
+}
 
 func (o *OS) fail(what string, off int64, err error) error {
 	return fmt.Errorf("%s: %s at %d: %w", o.Name(), what, off, err)

@@ -6,6 +6,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"sync"
+	"syscall"
 
 	"github.com/cowdev/cowdev/internal/disk"
 )
@@ -38,6 +39,8 @@ type File struct {
 	pending  []change // in the order made
 	lastSeq  uint64   // of the last change
 	astray   bool     // view may differ from what is durable or pending
+	lost     int      // times that a sync failed
+	told     [2]int   // of them, those that were told by each way to sync
 	ops      uint64   // operations begun
 	maxPages int      // of view; 0 is no limit
 	record   int      // operations kept; 0 none
@@ -115,8 +118,10 @@ func (f *File) WriteSync(p []byte, off int64) error {
 		err = ErrClosed
 	case err == nil:
 		f.settleOp(op)
+		err = f.tell(op, alone)
 	case n == len(p):
 		f.doom(func(c *change) bool { return c.op == op.N })
+		f.failed(alone)
 	}
 	f.mu.Unlock()
 	if err == nil {
@@ -170,7 +175,34 @@ func (f *File) put(op Op, p []byte, off int64) (int, error) {
 
 // Sync makes durable what was done before it was called. When a fault is
 // injected, what it covered is on the disk or never will be, by chance.
-func (f *File) Sync() error {
+func (f *File) Sync() error { return f.sync(alone) }
+
+// SyncBeside is Sync, but that what failed in the other is told here too.
+func (f *File) SyncBeside() error { return f.sync(beside) }
+
+// The two ways to sync.
+const (
+	alone = iota
+	beside
+)
+
+// failed notes that a sync failed, and was told.
+func (f *File) failed(way int) {
+	f.lost++
+	f.told[way] = f.lost
+}
+
+// tell returns an error if a sync failed by the other way since the last time
+// that something was told by this one.
+func (f *File) tell(op Op, way int) error {
+	if f.told[way] == f.lost {
+		return nil
+	}
+	f.told[way] = f.lost
+	return Fault{Err: syscall.EIO}.errorFor(op)
+}
+
+func (f *File) sync(way int) error {
 	f.mu.Lock()
 	mark := f.lastSeq // as it was when Sync was called, whatever happens meanwhile
 	f.mu.Unlock()
@@ -185,13 +217,18 @@ func (f *File) Sync() error {
 		err = ErrClosed
 	case fault.Err != nil:
 		f.doom(func(c *change) bool { return c.seq <= mark })
+		f.failed(way)
 		err = fault.errorFor(op)
 	default:
 		f.settle(mark)
+		err = f.tell(op, way)
 	}
 	f.mu.Unlock()
-	if err == nil {
+	switch {
+	case err == nil:
 		f.step(op, Done)
+	case err != ErrClosed:
+		f.step(op, Failed)
 	}
 	return err
 }
