@@ -31,6 +31,7 @@ test:
 	@scripts/phase vet $(GO) vet ./...
 	@scripts/phase demo $(MAKE) -s demo
 	@scripts/phase test scripts/with-tmpdir $(GO) test -p 2 -timeout 8m $(TEST)
+	@scripts/phase walks scripts/with-tmpdir scripts/walks 2000000 150
 	@CGO_ENABLED=1 scripts/phase race scripts/with-tmpdir $(GO) test -race -short -p 2 -timeout 8m $(RACE)
 	@CGO_ENABLED=1 scripts/phase stress scripts/with-tmpdir $(GO) test -race -short -timeout 8m -run TestStress ./internal/crash
 	@scripts/phase end
@@ -50,8 +51,11 @@ race:
 
 # Campaigns: the same tests with far more of everything. COWDEV_LONG is the
 # switch; docs/testing.md says what each does and how long it takes.
+WALKS ?= 100000000
 crash:
-	COWDEV_LONG=1 scripts/with-tmpdir $(GO) test -count=1 -timeout 12h ./internal/crash ./test/crash
+	scripts/with-tmpdir scripts/walks $(WALKS) 14400
+	COWDEV_LONG=1 scripts/with-tmpdir $(GO) test -count=1 -timeout 12h -skip '^TestWalks$$' ./internal/crash
+	COWDEV_LONG=1 scripts/with-tmpdir $(GO) test -count=1 -timeout 12h ./test/crash
 
 soak:
 	COWDEV_LONG=1 scripts/with-tmpdir $(GO) test -count=1 -timeout 12h ./attach/... ./test/...

@@ -80,6 +80,11 @@ func (w *world) die(d Death) {
 // cut returns what a death at this moment leaves; the session goes on unless
 // for real.
 func (w *world) cut(d Death, real bool) *after {
+	if w.broken && !w.session.Broken() {
+		// A sync has failed, and the store may not know yet: a process that
+		// dies now leaves no word of it, and none could do better.
+		d = Power
+	}
 	a := &after{cut: d, rule: d}
 	if d == Power {
 		a.file, a.mem = w.file.Crash(w.rng), NewMemory()

@@ -104,8 +104,8 @@ func TestFoundFailedSyncToldOnce(t *testing.T) {
 		}
 		return disktest.Fault{}
 	}
-	f.OnStep = func(op disktest.Op, phase disktest.Phase) {
-		if phase == disktest.Failed && once.CompareAndSwap(false, true) {
+	f.OnFailed = func() {
+		if once.CompareAndSwap(false, true) {
 			told <- dev.Flush()
 		}
 	}

@@ -55,11 +55,10 @@ const (
 	Half                 // half of the bytes are in the page cache
 	Applied              // the page cache has it all; of a Sync: it is under way
 	Done                 // of Sync and WriteSync: durable
-	Failed               // of Sync: it has failed, and not returned yet
 )
 
 func (p Phase) String() string {
-	return [...]string{"begin", "half", "applied", "done", "failed"}[p]
+	return [...]string{"begin", "half", "applied", "done"}[p]
 }
 
 // A Fault says how an operation fails.

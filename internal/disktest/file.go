@@ -23,6 +23,11 @@ type File struct {
 	// phases, with no lock held. Set it while no operation runs.
 	OnStep func(Op, Phase)
 
+	// OnFailed, when set, is called when a Sync has failed and not returned
+	// yet, with no lock held. A process that dies there has been told of lost
+	// data and can leave no word of it: none could do better.
+	OnFailed func()
+
 	// Inject, when set, is asked at the beginning of every operation what is
 	// to go wrong; the zero Fault lets it succeed. Set it while no operation
 	// runs.
@@ -227,8 +232,8 @@ func (f *File) sync(way int) error {
 	switch {
 	case err == nil:
 		f.step(op, Done)
-	case err != ErrClosed:
-		f.step(op, Failed)
+	case err != ErrClosed && f.OnFailed != nil:
+		f.OnFailed()
 	}
 	return err
 }
