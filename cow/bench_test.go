@@ -35,20 +35,7 @@ func newBench(b *testing.B) *cow.Device {
 		b.Fatal(err)
 	}
 	geo := block.Geometry{Size: benchSize, ChunkSize: block.DefaultChunkSize}
-	if err := exception.Create(f, exception.Params{Geometry: geo}); err != nil {
-		b.Fatal(err)
-	}
-	s, err := exception.Open(f, exception.Options{})
-	if err != nil {
-		b.Fatal(err)
-	}
-	view, err := disk.NewMapping(f.File(), 4*benchSize)
-	if err != nil {
-		b.Fatal(err)
-	}
-	if err := view.AllowOverwrite(); err != nil {
-		b.Fatal(err)
-	}
+	s, view := newStore(b, f, exception.Params{Geometry: geo})
 	d := cow.New(origin, s, cow.Options{View: view})
 	b.Cleanup(func() {
 		d.Close()

@@ -17,6 +17,26 @@ import (
 	"github.com/cowdev/cowdev/internal/disk"
 )
 
+// newStore makes a store in f and opens it, with a mapping that overwrites.
+func newStore(tb testing.TB, f *disk.OS, p exception.Params) (*exception.Store, *disk.Mapping) {
+	tb.Helper()
+	if err := exception.Create(f, p); err != nil {
+		tb.Fatal(err)
+	}
+	s, err := exception.Open(f, exception.Options{})
+	if err != nil {
+		tb.Fatal(err)
+	}
+	m, err := disk.NewMapping(f.File(), 4*p.Size)
+	if err != nil {
+		tb.Fatal(err)
+	}
+	if err := m.AllowOverwrite(); err != nil {
+		tb.Fatal(err)
+	}
+	return s, m
+}
+
 func TestOverwriteByMapping(t *testing.T) {
 	const size, writes = 64 * 8192, 3000
 	path := filepath.Join(t.TempDir(), "store")
@@ -29,20 +49,7 @@ func TestOverwriteByMapping(t *testing.T) {
 	}
 	geo := block.Geometry{Size: size, ChunkSize: 8192}
 	f := open(os.O_RDWR | os.O_CREATE)
-	if err := exception.Create(f, exception.Params{Geometry: geo, LogSize: 64 << 10}); err != nil {
-		t.Fatal(err)
-	}
-	store, err := exception.Open(f, exception.Options{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	m, err := disk.NewMapping(f.File(), 4*size)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := m.AllowOverwrite(); err != nil {
-		t.Fatal(err)
-	}
+	store, m := newStore(t, f, exception.Params{Geometry: geo, LogSize: 64 << 10})
 	origin := make(base, size)
 	d := cow.New(origin, store, cow.Options{View: m})
 	want := make([]byte, size)
@@ -80,7 +87,8 @@ func TestOverwriteByMapping(t *testing.T) {
 	if err := store.Close(); err != nil {
 		t.Fatal(err)
 	}
-	if store, err = exception.Open(open(os.O_RDWR), exception.Options{}); err != nil {
+	store, err := exception.Open(open(os.O_RDWR), exception.Options{})
+	if err != nil {
 		t.Fatal(err)
 	}
 	defer store.Close()

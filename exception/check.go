@@ -51,7 +51,7 @@ func Check(f disk.File) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &checker{f: f, h: h, report: &Report{Header: *h}, entries: make(map[block.Chunk]Entry)}
+	c := &checker{f: f, h: h, limits: h.limits(), report: &Report{Header: *h}, entries: make(map[block.Chunk]Entry)}
 	c.supers(copies)
 	if size, err := f.Size(); err != nil {
 		return nil, err
@@ -76,6 +76,7 @@ func Check(f disk.File) (*Report, error) {
 type checker struct {
 	f       disk.File
 	h       *Header
+	limits  limits
 	report  *Report
 	entries map[block.Chunk]Entry
 	inline  *overlay
@@ -131,16 +132,17 @@ func (c *checker) table() error {
 }
 
 func (c *checker) sector(p []byte, n int64) {
-	err := decodeSector(p, c.h.UUID, n, func(i int, e Entry) {
+	if err := checkSector(p, c.h.UUID, n); err != nil {
+		c.harm("%v", err)
+		return
+	}
+	for i, e := range entriesOf(p) {
 		chunk := block.Chunk(n*sectorEntries + int64(i))
-		if err := e.validate(c.h, chunk); err != nil {
+		if err := c.limits.check(chunk, e); err != nil {
 			c.harm("table sector %d: %v", n, err)
-			return
+			continue
 		}
 		c.entries[chunk] = e
-	})
-	if err != nil {
-		c.harm("%v", err)
 	}
 }
 

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/crc32"
+	"iter"
 
 	"github.com/cowdev/cowdev/block"
 )
@@ -264,12 +265,6 @@ func (e Entry) State(b int) block.State {
 	return block.FromBase
 }
 
-// validate reports why e cannot be the entry of chunk c, or nil (R21).
-func (e Entry) validate(h *Header, c block.Chunk) error {
-	l := h.limits()
-	return l.check(c, e)
-}
-
 // limits are what an entry is held against.
 type limits struct {
 	chunks, slots int64
@@ -281,7 +276,7 @@ func (h *Header) limits() limits {
 	return limits{n, 2*n + slotSlack, h.Blocks(block.Chunk(n - 1))}
 }
 
-// check reports what is wrong with e as the entry of chunk c.
+// check reports why e cannot be the entry of chunk c, or nil (R21).
 func (l *limits) check(c block.Chunk, e Entry) error {
 	stored, zero, slot := e.Stored(), e.Zero(), e.Slot()
 	blocks := block.AllBlocks
@@ -331,31 +326,26 @@ func sectorSum(p []byte, u UUID, n int64) uint32 {
 	return crc32.Update(checksum(u, uint64(tableOff+n*sectorSize), p[:504]), crcTable, tail[:])
 }
 
-// checkSector checks the 512 bytes of table sector n, and reports whether it
-// holds entries: number i at byte 8*i.
-func checkSector(p []byte, u UUID, n int64) (bool, error) {
+// checkSector checks the 512 bytes of table sector n.
+func checkSector(p []byte, u UUID, n int64) error {
 	if p[508] == 0 && bytes.Equal(p[:sectorSize], zeroPage[:sectorSize]) {
-		return false, nil
+		return nil
 	}
 	if le.Uint32(p[508:]) != uint32(n)+1 || le.Uint32(p[504:]) != sectorSum(p, u, n) {
-		return false, fmt.Errorf("%w: table sector %d (chunks %d to %d): checksum", ErrCorrupt, n, n*sectorEntries, (n+1)*sectorEntries-1)
-	}
-	return true, nil
-}
-
-// decodeSector reads the 512 bytes of table sector n and calls put for every
-// entry that is not zero.
-func decodeSector(p []byte, u UUID, n int64, put func(i int, e Entry)) error {
-	used, err := checkSector(p, u, n)
-	if err != nil || !used {
-		return err
-	}
-	for i := range sectorEntries {
-		if e := Entry(le.Uint64(p[i*8:])); e != 0 {
-			put(i, e)
-		}
+		return fmt.Errorf("%w: table sector %d (chunks %d to %d): checksum", ErrCorrupt, n, n*sectorEntries, (n+1)*sectorEntries-1)
 	}
 	return nil
+}
+
+// entriesOf yields the entries of a sector that are not zero.
+func entriesOf(p []byte) iter.Seq2[int, Entry] {
+	return func(yield func(int, Entry) bool) {
+		for i := range sectorEntries {
+			if e := Entry(le.Uint64(p[i*8:])); e != 0 && !yield(i, e) {
+				return
+			}
+		}
+	}
 }
 
 var zeroPage [pageSize]byte
@@ -450,13 +440,14 @@ func decodeRecord(log []byte, h *Header, pos int64) (*record, int64, error) {
 // validate holds a record whose checksum is right against the device's shape.
 func (r *record) validate(h *Header) error {
 	data := 0
+	limits := h.limits()
 	for _, n := range r.runs {
 		last := int64(n.chunk) + int64(n.count) - 1
-		if n.count == 0 || n.count > 1 && n.entry.Slot() != 0 || last >= h.Chunks() {
+		if n.count == 0 || n.count > 1 && n.entry.Slot() != 0 || last >= limits.chunks {
 			return fmt.Errorf("%w: log record %d: run of %d from chunk %d", ErrCorrupt, r.seq, n.count, n.chunk)
 		}
 		for _, c := range []block.Chunk{n.chunk, block.Chunk(last)} {
-			if err := n.entry.validate(h, c); err != nil {
+			if err := limits.check(c, n.entry); err != nil {
 				return fmt.Errorf("%w: log record %d: %v", ErrCorrupt, r.seq, err)
 			}
 		}

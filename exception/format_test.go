@@ -6,6 +6,7 @@ import (
 	"bytes"
 	"encoding/hex"
 	"flag"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -72,10 +73,11 @@ func TestTableFormat(t *testing.T) {
 	encodeSector(p, h.UUID, 5, func(i int) Entry { return want[i] })
 	golden(t, "sector.hex", p)
 	got := make(map[int]Entry)
-	if err := decodeSector(p, h.UUID, 5, func(i int, e Entry) { got[i] = e }); err != nil || !reflect.DeepEqual(got, want) {
+	maps.Insert(got, entriesOf(p))
+	if err := checkSector(p, h.UUID, 5); err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("decoded %v, %v", got, err)
 	}
-	if err := decodeSector(p, h.UUID, 6, func(int, Entry) {}); err == nil {
+	if err := checkSector(p, h.UUID, 6); err == nil {
 		t.Error("the sector of one place passes at another")
 	}
 }
@@ -116,7 +118,11 @@ func FuzzDecode(f *testing.F) {
 		if g, err := decodeSuper(page[:pageSize], superA); err == nil {
 			g.slotOff(1)
 		}
-		decodeSector(page, h.UUID, 0, func(_ int, e Entry) { e.validate(h, 0) })
+		checkSector(page, h.UUID, 0)
+		limits := h.limits()
+		for _, e := range entriesOf(page) {
+			limits.check(0, e)
+		}
 		n := int64(le.Uint32(page[24:]))
 		if n >= pageSize && n <= int64(len(page)) {
 			le.PutUint32(page[40:], 0)

@@ -332,18 +332,10 @@ func (ld *loader) page(p []byte, n int64) error {
 	for i := range int64(pageSize / sectorSize) {
 		sector := n*pageSize/sectorSize + i
 		q := p[i*sectorSize:][:sectorSize]
-		used, err := checkSector(q, ld.s.shape.UUID, sector)
-		if err != nil {
+		if err := checkSector(q, ld.s.shape.UUID, sector); err != nil {
 			return err
 		}
-		if !used {
-			continue
-		}
-		for k := range sectorEntries {
-			e := Entry(le.Uint64(q[k*8:]))
-			if e == 0 {
-				continue
-			}
+		for k, e := range entriesOf(q) {
 			c := block.Chunk(sector*sectorEntries + int64(k))
 			if err := ld.limits.check(c, e); err != nil {
 				return fmt.Errorf("%w: table sector %d: %v", ErrCorrupt, sector, err)
@@ -507,7 +499,7 @@ func (ld *loader) countSlots() error {
 	var err error
 	if s.adopted {
 		for c, e := range s.live.from(0) {
-			if err = e.validate(&s.shape, c); err != nil {
+			if err = ld.limits.check(c, e); err != nil {
 				err = fmt.Errorf("%w: live table in memory: %v", ErrCorrupt, err)
 			} else {
 				err = take(c, e)

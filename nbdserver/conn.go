@@ -279,10 +279,10 @@ func (c *conn) serve(r *request, payload uint64) error {
 }
 
 // served is called after each request. It sends a batch that is full, and at
-// the end of a slice it lets others run, if there are many. A client that sends without end would
-// otherwise be served all that is in its receive buffer at once, nine thousand
-// requests, and fifty such clients before one that asks for little: Go's
-// scheduler is a queue.
+// the end of a slice it lets others run, if there are many. A client that sends
+// without end would otherwise be served all that is in its receive buffer at
+// once, nine thousand requests, and fifty such clients before one that asks for
+// little: Go's scheduler is a queue.
 func (c *conn) served() error {
 	c.slice += 1 + c.moved/slicePiece
 	c.moved = 0

@@ -28,9 +28,7 @@ type failingCase struct {
 	paths     [2]string
 	dir       string
 	server    *server
-	dev       *nbdDevice
-	content   []byte // of the device
-	stamp     uint64
+	known
 
 	baseFault, cowFault atomic.Pointer[injection]
 }
@@ -39,7 +37,7 @@ type injection func(disktest.Op) disktest.Fault
 
 func newFailingCase(t *testing.T) *failingCase {
 	m := newMount(t)
-	c := &failingCase{t: t, dir: shortDir(t), content: make([]byte, 1<<20), stamp: crash.BaseStamp}
+	c := &failingCase{t: t, dir: shortDir(t), known: newKnown(1 << 20)}
 	crash.Stamp(c.content, 0, c.stamp)
 	c.base, c.cow = disktest.FromBytes(1, c.content), disktest.New(1)
 	c.paths = [2]string{m.show(c.base), m.show(c.cow)}
@@ -74,18 +72,6 @@ func (c *failingCase) start() {
 	if c.dev, err = c.server.dial(); err != nil {
 		c.t.Fatal(err)
 	}
-}
-
-// write writes n bytes at off, and remembers them if they were taken.
-func (c *failingCase) write(off int64, n int) error {
-	c.stamp++
-	p := make([]byte, n)
-	crash.Stamp(p, off, c.stamp)
-	_, err := c.dev.WriteAt(p, off)
-	if err == nil {
-		copy(c.content[off:], p)
-	}
-	return err
 }
 
 func (c *failingCase) must(err error) {
@@ -252,7 +238,7 @@ func TestFailedSyncIsTold(t *testing.T) {
 // after the header of the reply; the server lives on and all else is read.
 func TestTruncated(t *testing.T) {
 	dir := shortDir(t)
-	c := &failingCase{t: t, dir: dir, content: make([]byte, 8<<20), paths: [2]string{filepath.Join(dir, "base"), filepath.Join(dir, "cow")}}
+	c := &failingCase{t: t, dir: dir, known: newKnown(8 << 20), paths: [2]string{filepath.Join(dir, "base"), filepath.Join(dir, "cow")}}
 	crash.Stamp(c.content, 0, crash.BaseStamp)
 	c.must(os.WriteFile(c.paths[0], c.content, 0o600))
 	if out, err := command(patience, program, "create", "--format=raw", c.paths[0], c.paths[1]); err != nil {

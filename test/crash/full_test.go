@@ -13,8 +13,6 @@ import (
 	"syscall"
 	"testing"
 	"time"
-
-	"github.com/cowdev/cowdev/internal/crash"
 )
 
 const blockSize = 4096
@@ -74,19 +72,17 @@ func fill(t *testing.T, dir string) string {
 
 // A fullCase is a server whose store lies on a small filesystem.
 type fullCase struct {
-	t       *testing.T
-	dir     string
-	base    string
-	store   string
-	flags   []string
-	content []byte
-	server  *server
-	dev     *nbdDevice
-	stamp   uint64
+	t      *testing.T
+	dir    string
+	base   string
+	store  string
+	flags  []string
+	server *server
+	known
 }
 
 func newFullCase(t *testing.T, flags ...string) *fullCase {
-	c := &fullCase{t: t, dir: newSmallDisk(t, 32<<20), flags: flags, content: make([]byte, 64<<20), stamp: crash.BaseStamp}
+	c := &fullCase{t: t, dir: newSmallDisk(t, 32<<20), flags: flags, known: newKnown(64 << 20)}
 	sockets := shortDir(t)
 	c.base, c.store = filepath.Join(sockets, "base"), filepath.Join(c.dir, "cow")
 	f, err := os.Create(c.base)
@@ -115,18 +111,6 @@ func (c *fullCase) start() {
 	if c.dev, err = c.server.dial(); err != nil {
 		c.t.Fatal(err)
 	}
-}
-
-// write writes n bytes at off, and remembers them if they were taken.
-func (c *fullCase) write(off int64, n int) error {
-	c.stamp++
-	p := make([]byte, n)
-	crash.Stamp(p, off, c.stamp)
-	_, err := c.dev.WriteAt(p, off)
-	if err == nil {
-		copy(c.content[off:], p)
-	}
-	return err
 }
 
 func (c *fullCase) mustWrite(off int64, n int) {

@@ -76,6 +76,28 @@ func exitStatus(err error) int {
 	return -1
 }
 
+// A known is a device with the bytes that it must read as.
+type known struct {
+	dev     *nbdDevice
+	content []byte
+	stamp   uint64 // of the last write
+}
+
+// newKnown returns a known of size zeros, without its device.
+func newKnown(size int) known { return known{content: make([]byte, size), stamp: crash.BaseStamp} }
+
+// write writes n bytes at off, and remembers them if they were taken.
+func (k *known) write(off int64, n int) error {
+	k.stamp++
+	p := make([]byte, n)
+	crash.Stamp(p, off, k.stamp)
+	_, err := k.dev.WriteAt(p, off)
+	if err == nil {
+		copy(k.content[off:], p)
+	}
+	return err
+}
+
 // A server is a running `cowdev serve`.
 type server struct {
 	cmd    *exec.Cmd
