@@ -37,6 +37,12 @@ func Bits(first, n int) Mask { return Mask((1<<n - 1) << first) }
 // Count returns the number of blocks in m.
 func (m Mask) Count() int { return bits.OnesCount16(uint16(m)) }
 
+// First returns the lowest block of m, which has one.
+func (m Mask) First() int { return bits.TrailingZeros16(uint16(m)) }
+
+// Last returns the highest block of m, which has one.
+func (m Mask) Last() int { return bits.Len16(uint16(m)) - 1 }
+
 // Has reports whether block b is in m.
 func (m Mask) Has(b int) bool { return m>>b&1 != 0 }
 

@@ -142,7 +142,7 @@ func (d *Device) Cache(off, n int64) error {
 			err = d.prefetch.Prefetch(p.off, p.n)
 		case p.state == block.Stored && d.opts.View != nil:
 			// The slot may have been given up since; then this is in vain.
-			err = d.opts.View.Prefetch(d.store.SlotOffset(p.entry)+int64(p.in), p.n)
+			err = d.opts.View.Prefetch(p.at, p.n)
 		}
 		if err != nil {
 			return err
@@ -201,7 +201,7 @@ func (d *Device) readPiece(p []byte, r piece) error {
 			return err
 		}
 		if d.opts.View != nil && d.store.InFile() {
-			d.opts.View.Prove(d.store.SlotOffset(r.entry)+int64(r.in), r.n)
+			d.opts.View.Prove(r.at, r.n)
 		}
 	default:
 		n, err := d.origin.ReadAt(p, r.off)
@@ -221,7 +221,8 @@ type piece struct {
 	off, n int64
 	chunk  block.Chunk
 	entry  exception.Entry
-	in     int // bytes from the chunk's beginning
+	in     int   // bytes from the chunk's beginning
+	at     int64 // where stored bytes lie in the store's file
 }
 
 // A walker cuts a range into pieces, and loads each chunk's entry once for
@@ -270,7 +271,11 @@ func (w *walker) one() (piece, bool) {
 		b := s.Off / bs
 		p.state = e.State(b)
 		end := b + 1
-		for end < block.BlocksPerChunk && e.State(end) == p.state {
+		if p.state == block.Stored {
+			p.at, end = w.d.store.Locate(e, b)
+			p.at += int64(s.Off - b*bs)
+		}
+		for p.state != block.Stored && end < block.BlocksPerChunk && e.State(end) == p.state {
 			end++
 		}
 		p.n = min(p.n, int64(end*bs-s.Off))

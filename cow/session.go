@@ -40,7 +40,7 @@ func (s *session) View(vecs [][]byte, off, n int64) ([][]byte, bool) {
 			if d.opts.View == nil || !d.store.InFile() {
 				return vecs, false
 			}
-			out, ok = d.opts.View.View(out, d.store.SlotOffset(p.entry)+int64(p.in), p.n)
+			out, ok = d.opts.View.View(out, p.at, p.n)
 		default:
 			out, ok = d.view.View(out, p.off, p.n)
 		}

@@ -110,6 +110,9 @@ func (d *Device) copyUp(buf []byte, c block.Chunk, off int, p []byte, touched, f
 		}
 		to := min((b+1)*bs, end)
 		r := piece{state: e.State(b), off: d.Offset(c) + int64(b*bs), n: int64(to - b*bs), chunk: c, entry: e, in: b * bs}
+		if r.state == block.Stored {
+			r.at, _ = d.store.Locate(e, b)
+		}
 		if err := d.readPiece(buf[b*bs-first:to-first], r); err != nil {
 			return 0, nil, fmt.Errorf("copy up chunk %d: %w", c, err)
 		}

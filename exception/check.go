@@ -1,9 +1,11 @@
 package exception
 
 import (
+	"cmp"
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"slices"
 
 	"github.com/cowdev/cowdev/block"
@@ -33,7 +35,6 @@ type Report struct {
 	Chunks  int64 // with an exception
 	Stored  int64 // blocks stored
 	Zero    int64 // blocks recorded as zeros
-	Slots   int64 // taken
 	Leaked  int64 // bytes of slots that nobody has
 	Records int   // in the log, to be replayed
 }
@@ -51,7 +52,7 @@ func Check(f disk.File) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &checker{f: f, h: h, limits: h.limits(), report: &Report{Header: *h}, entries: make(map[block.Chunk]Entry)}
+	c := &checker{f: f, h: h, limits: h.limits(), report: &Report{Header: *h}, entries: make(map[block.Chunk]Entry), rows: make(map[int64]uint64)}
 	c.supers(copies)
 	if size, err := f.Size(); err != nil {
 		return nil, err
@@ -79,6 +80,7 @@ type checker struct {
 	limits  limits
 	report  *Report
 	entries map[block.Chunk]Entry
+	rows    map[int64]uint64 // the words of the table that are not zero, from rowsAt on
 	inline  *overlay
 }
 
@@ -133,11 +135,16 @@ func (c *checker) table() error {
 
 func (c *checker) sector(p []byte, n int64) {
 	if err := checkSector(p, c.h.UUID, n); err != nil {
-		c.harm("%v", err)
+		c.harm("%v (%s)", err, c.h.sectorHolds(n))
 		return
 	}
-	for i, e := range entriesOf(p) {
-		chunk := block.Chunk(n*sectorEntries + int64(i))
+	for i, w := range wordsOf(p) {
+		at := n*sectorWords + int64(i)
+		if at >= c.h.rowsAt() {
+			c.rows[at] = w
+			continue
+		}
+		chunk, e := block.Chunk(at), Entry(w)
 		if err := c.limits.check(chunk, e); err != nil {
 			c.harm("table sector %d: %v", n, err)
 			continue
@@ -163,22 +170,56 @@ func (c *checker) log() error {
 		if r.flags&flagBarrier != 0 {
 			c.inline.clear()
 		}
-		data := r.data
+		data, slots := r.data, r.slots
 		for _, n := range r.runs {
 			for i := range n.count {
 				c.entries[n.chunk+block.Chunk(i)] = n.entry
 			}
 			data = c.inline.add(n, data)
+			for m := n.named; m != 0; m &= m - 1 {
+				c.name(n.entry, m.First(), slots[0])
+				slots = slots[1:]
+			}
 		}
 	}
 	return nil
 }
 
+// rowWord returns the number of the table's word in which the row of e names
+// the slot of block b, and by how many bits it is shifted there.
+func (c *checker) rowWord(e Entry, b int) (word int64, shift int) {
+	row, _ := e.row()
+	return c.h.rowsAt() + int64(row)*rowWords + int64(b/2), b % 2 * 32
+}
+
+// name makes the row of e name the slot for block b.
+func (c *checker) name(e Entry, b int, slot uint32) {
+	word, shift := c.rowWord(e, b)
+	c.rows[word] = c.rows[word]&^(math.MaxUint32<<shift) | uint64(slot)<<shift
+}
+
+// slot returns the slot of block b, which e stores.
+func (c *checker) slot(e Entry, b int) uint32 {
+	if _, ok := e.row(); !ok {
+		return e.straightSlot(b)
+	}
+	word, shift := c.rowWord(e, b)
+	return uint32(c.rows[word] >> shift)
+}
+
+// A stored is a block and the slot that it has.
+type stored struct {
+	slot  uint32
+	chunk block.Chunk
+	block int
+}
+
 // slots holds the entries against each other and against the file: a slot is
-// one chunk's, stored blocks are not holes, and what is not stored takes no
-// space.
+// one block's, and a row one chunk's; stored blocks are not holes, and what is
+// not stored takes no space.
 func (c *checker) slots() error {
-	owner := make(map[uint32]block.Chunk)
+	var all []stored
+	rows := make(map[uint32]block.Chunk)
 	for chunk, e := range c.entries {
 		if e == 0 {
 			continue
@@ -186,20 +227,35 @@ func (c *checker) slots() error {
 		c.report.Chunks++
 		c.report.Stored += int64(e.Stored().Count())
 		c.report.Zero += int64(e.Zero().Count())
-		if e.Slot() == 0 {
-			continue
+		if row, ok := e.row(); ok {
+			if other, taken := rows[row]; taken {
+				c.harm("chunks %d and %d both have row %d", min(chunk, other), max(chunk, other), row)
+			}
+			rows[row] = chunk
 		}
-		c.report.Slots++
-		if other, taken := owner[e.Slot()]; taken {
-			c.harm("chunks %d and %d both have slot %d", min(chunk, other), max(chunk, other), e.Slot())
+		for m := e.Stored(); m != 0; m &= m - 1 {
+			x := stored{c.slot(e, m.First()), chunk, m.First()}
+			if err := c.limits.checkSlot(chunk, int64(x.slot)); err != nil {
+				c.harm("%v", err)
+				continue
+			}
+			all = append(all, x)
 		}
-		owner[e.Slot()] = chunk
 	}
-	return c.space(owner)
+	slices.SortFunc(all, func(a, b stored) int {
+		return cmp.Or(cmp.Compare(a.slot, b.slot), cmp.Compare(a.chunk, b.chunk), cmp.Compare(a.block, b.block))
+	})
+	for i := range all[:max(1, len(all))-1] {
+		if a, b := all[i], all[i+1]; a.slot == b.slot {
+			c.harm("block %d of chunk %d and block %d of chunk %d both have slot %d", a.block, a.chunk, b.block, b.chunk, a.slot)
+		}
+	}
+	return c.space(all)
 }
 
-// space walks the data of the file's slots.
-func (c *checker) space(owner map[uint32]block.Chunk) error {
+// space walks the data of the file's slots. all are the stored blocks, in the
+// order of their slots.
+func (c *checker) space(all []stored) error {
 	size, err := c.f.Size()
 	if err != nil {
 		return err
@@ -225,48 +281,55 @@ func (c *checker) space(owner map[uint32]block.Chunk) error {
 		data.add(off, end)
 		off = end
 	}
-	for slot, chunk := range owner {
-		c.missing(slot, chunk, data, size)
+	for _, x := range all {
+		c.missing(x, data, size)
 	}
 	// A device tells no holes: all of it looks taken.
 	if d, ok := c.f.(interface{ IsDevice() bool }); !ok || !d.IsDevice() {
-		c.leaks(owner, data)
+		c.leaks(all, data)
 	}
 	return nil
 }
 
-// missing reports stored blocks that lie behind the file's end, or in a hole.
-func (c *checker) missing(slot uint32, chunk block.Chunk, data spans, size int64) {
+// missing reports a stored block that lies behind the file's end, or in a hole.
+func (c *checker) missing(x stored, data spans, size int64) {
+	if c.inline.block(x.chunk, x.block) != nil {
+		return
+	}
 	bs := int64(c.h.BlockSize())
-	e := c.entries[chunk]
-	for b := range block.BlocksPerChunk {
-		if !e.Stored().Has(b) || c.inline != nil && c.inline.block(chunk, b) != nil {
-			continue
-		}
-		off := c.h.slotOff(slot) + int64(b)*bs
-		end := off + min(bs, c.h.Size-c.h.Offset(chunk)-int64(b)*bs)
-		switch {
-		case end > size:
-			c.harm("chunk %d: block %d of slot %d lies behind the file's end at %d", chunk, b, slot, size)
-		case c.h.Clean && !data.meets(off, end):
-			c.harm("chunk %d: block %d is stored in slot %d, but the file has a hole there", chunk, b, slot)
-		}
+	off := c.h.slotOff(x.slot)
+	end := off + min(bs, c.h.Size-c.h.Offset(x.chunk)-int64(x.block)*bs)
+	switch {
+	case end > size:
+		c.harm("chunk %d: block %d in slot %d lies behind the file's end at %d", x.chunk, x.block, x.slot, size)
+	case c.h.Clean && !data.meets(off, end):
+		c.harm("chunk %d: block %d is stored in slot %d, but the file has a hole there", x.chunk, x.block, x.slot)
 	}
 }
 
 // leaks reports space of slots that no chunk has.
-func (c *checker) leaks(owner map[uint32]block.Chunk, data spans) {
-	base, size := c.h.slotsOff(), int64(c.h.ChunkSize)
+func (c *checker) leaks(all []stored, data spans) {
+	// Space is taken in pages, of which one may hold several short slots.
+	pages := func(x stored) (from, to int64) {
+		off := c.h.slotOff(x.slot)
+		return off / pageSize * pageSize, roundUp(off+int64(c.h.BlockSize()), pageSize)
+	}
 	var lost spans
 	for _, s := range data {
 		for off := s.off; off < s.end; {
-			slot := (off-base)/size + 1
-			end := min(base+slot*size, s.end)
-			if _, taken := owner[uint32(slot)]; !taken {
+			from, to := s.end, s.end
+			if len(all) > 0 {
+				from, to = pages(all[0])
+			}
+			if to <= off {
+				all = all[1:]
+				continue
+			}
+			if end := min(from, s.end); off < end {
 				lost.add(off, end)
 				c.report.Leaked += end - off
 			}
-			off = end
+			off = to
 		}
 	}
 	if c.report.Leaked == 0 || !c.h.Clean {

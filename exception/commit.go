@@ -77,11 +77,11 @@ func (s *Store) Flush() error {
 
 // commit makes the live table durable. An error has broken the store.
 func (s *Store) commit() error {
-	// Slots given up are looked at before the marks: the commit then covers
-	// every chunk that gave one up.
-	dropped := s.slots.takePending()
+	// Slots and rows given up are looked at before the marks: the commit then
+	// covers every chunk that gave one up.
+	slots, rows := s.slots.takePending(), s.rows.takePending()
 	chunks := s.live.takeDirty()
-	if len(chunks) == 0 && len(dropped) == 0 {
+	if len(chunks) == 0 && len(slots) == 0 && len(rows) == 0 {
 		s.harvest()
 		return nil
 	}
@@ -95,7 +95,9 @@ func (s *Store) commit() error {
 	if err != nil {
 		return err
 	}
-	s.slots.drainAfter(s.readers.advance(), dropped)
+	epoch := s.readers.advance()
+	s.slots.drainAfter(epoch, slots)
+	s.rows.drainAfter(epoch, rows)
 	s.harvest()
 	if s.log.pending() > s.checkpointAfter() {
 		s.checkpointSoon()
@@ -108,7 +110,7 @@ func (s *Store) commit() error {
 // no write is half in it (R7), and says that the copy is whole.
 func (s *Store) snapshot(chunks []block.Chunk) (changes []change, data []byte, whole bool) {
 	bs := s.geo.BlockSize()
-	room := int(s.maxRecord()) - recordHead - len(chunks)*runSize
+	room := int(s.maxRecord()) - dataAt(len(chunks), len(chunks)*block.BlocksPerChunk)
 	limit := min(room, inlineLimit)
 	whole = limit > 0
 	data = s.commits.data[:0]
@@ -149,7 +151,8 @@ func (s *Store) copyBlock(data []byte, e Entry, b, limit int) ([]byte, bool) {
 	n := len(data)
 	data = slices.Grow(data, bs)[:n+bs]
 	clear(data[n:])
-	got, err := s.file.ReadAt(data[n:], s.SlotOffset(e)+int64(b*bs))
+	at, _ := s.Locate(e, b)
+	got, err := s.file.ReadAt(data[n:], at)
 	if err != nil && (err != io.EOF || got == 0) {
 		return data, false
 	}
@@ -159,15 +162,17 @@ func (s *Store) copyBlock(data []byte, e Entry, b, limit int) ([]byte, bool) {
 // commitInline makes changes durable by one record that holds their data too.
 func (s *Store) commitInline(changes []change, data []byte) error {
 	runs := make([]run, 0, len(changes))
+	var slots []uint32
 	for _, ch := range changes {
 		if here := ch.mask & ch.entry.Stored(); here != 0 || s.differs(ch) {
-			runs = append(runs, run{ch.chunk, 1, ch.entry, here})
+			r := run{ch.chunk, 1, ch.entry, here, s.unnamed(ch)}
+			runs, slots = append(runs, r), s.appendSlots(slots, r)
 		}
 	}
 	if len(runs) == 0 {
 		return nil
 	}
-	if err := s.append(0, runs, data); err != nil {
+	if err := s.append(0, runs, slots, data); err != nil {
 		return err
 	}
 	s.commits.inline = s.commits.inline || len(data) > 0
@@ -183,35 +188,59 @@ func (s *Store) commitInPlace(changes []change) error {
 		return err
 	}
 	var runs []run
-	room := int(s.maxRecord()-recordHead) / runSize
+	var slots []uint32
 	from := 0
 	for i, ch := range changes {
 		if !s.differs(ch) {
 			continue
 		}
-		if n := len(runs); n > 0 && ch.entry.Slot() == 0 && ch.entry == runs[n-1].entry &&
+		if n := len(runs); n > 0 && ch.entry.Stored() == 0 && ch.entry == runs[n-1].entry &&
 			int64(ch.chunk) == int64(runs[n-1].chunk)+int64(runs[n-1].count) {
 			runs[n-1].count++
 			continue
 		}
-		if len(runs) == room {
-			if err := s.append(flagBarrier, runs, nil); err != nil {
+		if int64(dataAt(len(runs)+1, len(slots)+block.BlocksPerChunk)) > s.maxRecord() {
+			if err := s.append(flagBarrier, runs, slots, nil); err != nil {
 				return err
 			}
 			s.apply(changes[from:i])
-			runs, from = runs[:0], i
+			runs, slots, from = runs[:0], slots[:0], i
 		}
-		runs = append(runs, run{ch.chunk, 1, ch.entry, 0})
+		r := run{ch.chunk, 1, ch.entry, 0, s.unnamed(ch)}
+		runs, slots = append(runs, r), s.appendSlots(slots, r)
 	}
 	if len(runs) == 0 && !s.commits.inline {
 		return nil
 	}
-	if err := s.append(flagBarrier, runs, nil); err != nil {
+	if err := s.append(flagBarrier, runs, slots, nil); err != nil {
 		return err
 	}
 	s.commits.inline = false
 	s.apply(changes[from:])
 	return nil
+}
+
+// unnamed returns the blocks whose slots a record of ch must name: those that
+// its row has got since the last.
+func (s *Store) unnamed(ch change) block.Mask {
+	row, ok := ch.entry.row()
+	if !ok {
+		return 0
+	}
+	was := Entry(s.committed[ch.chunk].Load())
+	if old, ok := was.row(); ok && old == row {
+		return ch.entry.Stored() &^ was.Stored()
+	}
+	return ch.entry.Stored()
+}
+
+// appendSlots appends the slots that r names. The row names them as long as a
+// commit runs that found it in an entry.
+func (s *Store) appendSlots(slots []uint32, r run) []uint32 {
+	for m := r.named; m != 0; m &= m - 1 {
+		slots = append(slots, s.live.slot(r.entry, m.First()))
+	}
+	return slots
 }
 
 // differs reports whether the entry of ch is not the committed one.
@@ -224,10 +253,15 @@ func (s *Store) apply(changes []change) {
 	s.log.mu.Lock()
 	defer s.log.mu.Unlock()
 	for _, ch := range changes {
-		if s.differs(ch) {
-			s.committed[ch.chunk].Store(uint64(ch.entry))
-			s.table.touch(ch.chunk)
+		if !s.differs(ch) {
+			continue
 		}
+		if s.unnamed(ch) != 0 {
+			row, _ := ch.entry.row()
+			s.table.touch(s.rowPage(row))
+		}
+		s.committed[ch.chunk].Store(uint64(ch.entry))
+		s.table.touch(int64(ch.chunk) / pageWords)
 	}
 	s.log.applied = s.log.head
 }
@@ -375,11 +409,21 @@ func (s *Store) writeTable(pages map[int64]bool) error {
 func (s *Store) encodePage(p []byte, n int64) {
 	for i := range int64(pageSize / sectorSize) {
 		sector := n*pageSize/sectorSize + i
-		encodeSector(p[i*sectorSize:], s.shape.UUID, sector, func(k int) Entry {
-			if c := sector*sectorEntries + int64(k); c < int64(len(s.committed)) {
-				return Entry(s.committed[c].Load())
-			}
-			return 0
+		encodeSector(p[i*sectorSize:], s.shape.UUID, sector, func(k int) uint64 {
+			return s.committedWord(sector*sectorWords + int64(k))
 		})
 	}
+}
+
+// committedWord returns word n of the table as the log's records make it. A row
+// is as its chunk has it now: it names more slots than are committed, perhaps,
+// but never another for a block that is.
+func (s *Store) committedWord(n int64) uint64 {
+	switch row := n - s.live.rowsAt; {
+	case n < int64(len(s.committed)):
+		return s.committed[n].Load()
+	case row < 0 || row >= int64(len(s.live.rows)):
+		return 0
+	}
+	return s.live.rowWord(n)
 }

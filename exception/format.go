@@ -20,16 +20,19 @@ const (
 	superB   = 64 << 10
 	tableOff = 128 << 10
 
-	sectorEntries = 63 // entries of a table sector: 504 bytes, then checksum and position
-	pageEntries   = sectorEntries * pageSize / sectorSize
+	sectorWords = 63 // of a table sector: 504 bytes, then checksum and position
+	pageWords   = sectorWords * pageSize / sectorSize
+
+	rowWords = block.BlocksPerChunk / 2 // a row names two slots in each
 
 	recordHead = 64 // bytes of a record before its runs
 	runSize    = 24 // bytes of a run
+	slotSize   = 4  // bytes of a slot's number
 )
 
 // Format constants.
 const (
-	Version  = 1
+	Version  = 2
 	MaxBase  = 512 // bytes kept for the base's identity
 	MaxHint  = 512 // bytes kept of the base's file name
 	minLog   = 8 * pageSize
@@ -53,7 +56,7 @@ var (
 // looked at and where.
 var (
 	ErrNotStore = errors.New("not a cowdev store")
-	ErrVersion  = errors.New("made by a newer version of cowdev")
+	ErrVersion  = errors.New("made by another version of cowdev")
 	ErrCorrupt  = errors.New("damaged")
 )
 
@@ -107,21 +110,36 @@ type Header struct {
 	epoch   uint64 // of the session whose records the log may hold
 }
 
-// tableLen returns the bytes of the table: whole pages.
-func (h *Header) tableLen() int64 {
-	pages := (h.Chunks() + pageEntries - 1) / pageEntries
-	return pages * pageSize
+// The table is a sequence of words: an entry for each chunk, and from rowsAt
+// on the rows, rowWords each.
+
+// rowsAt returns the number of the word with which the rows begin: they have
+// pages of their own.
+func (h *Header) rowsAt() int64 { return roundUp(h.Chunks(), pageWords) }
+
+// rows returns the number of rows: one for each chunk, and some that wait to
+// be given back.
+func (h *Header) rows() int64 {
+	n := h.Chunks()
+	return min(n+min(4*n, rowSlack)+16, 1<<31)
 }
+
+// rowSlack is how many rows more than one a chunk a store has at most.
+const rowSlack = 1 << 16
+
+// words returns the number of the table's words.
+func (h *Header) words() int64 { return h.rowsAt() + h.rows()*rowWords }
+
+// tableLen returns the bytes of the table: whole pages.
+func (h *Header) tableLen() int64 { return roundUp(h.words(), pageWords) / pageWords * pageSize }
 
 func (h *Header) logOff() int64 { return roundUp(tableOff+h.tableLen(), 64<<10) }
 
-func (h *Header) slotsOff() int64 {
-	return roundUp(h.logOff()+h.logLen, int64(max(64<<10, h.ChunkSize)))
-}
+func (h *Header) slotsOff() int64 { return roundUp(h.logOff()+h.logLen, 64<<10) }
 
 // slotOff returns where slot n, counted from 1, begins in the file.
 func (h *Header) slotOff(n uint32) int64 {
-	return h.slotsOff() + int64(n-1)*int64(h.ChunkSize)
+	return h.slotsOff() + int64(n-1)*int64(h.BlockSize())
 }
 
 func roundUp(n, to int64) int64 { return (n + to - 1) / to * to }
@@ -231,24 +249,46 @@ func (h *Header) validate(p []byte, nb, nh int) error {
 	return nil
 }
 
-// An Entry is what the store knows of a chunk: the slot that holds its stored
-// blocks, which blocks those are, and which are zero. A block in neither mask
-// is the origin's. The zero Entry is a chunk without exceptions.
+// An Entry is what the store knows of a chunk: which of its blocks are stored,
+// which are zero, and the home of the stored ones. A block in neither mask is
+// the origin's. The zero Entry is a chunk without exceptions.
 //
-// Bits 0 to 31 are the slot, 32 to 47 the stored mask, 48 to 63 the zero mask.
+// Bits 0 to 31 are the home, 32 to 47 the stored mask, 48 to 63 the zero mask.
+//
+// A home names the slot of each stored block in one of two ways. Straight:
+// block b has slot home+b-homeBias, so blocks that were written one after
+// another need no more than their entry. Or it has homeRow set, and the rest
+// is the number of a row of the table, which names a slot for each block by
+// itself.
 type Entry uint64
 
-func makeEntry(slot uint32, stored, zero block.Mask) Entry {
+const (
+	homeRow  = 1 << 31
+	homeBias = block.BlocksPerChunk - 1 // a home of 0 is none
+
+	maxSlot = homeRow - block.BlocksPerChunk
+)
+
+func makeEntry(home uint32, stored, zero block.Mask) Entry {
 	if stored == 0 {
-		slot = 0
+		home = 0
 	}
-	return Entry(slot) | Entry(stored)<<32 | Entry(zero)<<48
+	return Entry(home) | Entry(stored)<<32 | Entry(zero)<<48
 }
 
-// Slot returns the chunk's slot, counted from 1, or 0 where nothing is stored.
-func (e Entry) Slot() uint32 { return uint32(e) }
+// straight returns the home of a chunk whose block b has the slot.
+func straight(slot uint32, b int) uint32 { return slot + homeBias - uint32(b) }
 
-// Stored returns the blocks whose bytes are in the slot.
+func (e Entry) home() uint32 { return uint32(e) }
+
+// row returns the number of the row that names the stored blocks' slots, and
+// whether one does.
+func (e Entry) row() (uint32, bool) { return e.home() &^ homeRow, e.home()&homeRow != 0 }
+
+// straightSlot returns the slot of block b of an entry without a row.
+func (e Entry) straightSlot(b int) uint32 { return e.home() + uint32(b) - homeBias }
+
+// Stored returns the blocks whose bytes are in the store.
 func (e Entry) Stored() block.Mask { return block.Mask(e >> 32) }
 
 // Zero returns the blocks that read as zeros.
@@ -267,18 +307,25 @@ func (e Entry) State(b int) block.State {
 
 // limits are what an entry is held against.
 type limits struct {
-	chunks, slots int64
-	last          block.Mask // the last chunk's blocks
+	chunks, slots, rows int64
+	last                block.Mask // the last chunk's blocks
 }
 
 func (h *Header) limits() limits {
 	n := h.Chunks()
-	return limits{n, 2*n + slotSlack, h.Blocks(block.Chunk(n - 1))}
+	slots := (2*n + slotSlack) * block.BlocksPerChunk
+	return limits{n, min(slots, maxSlot), h.rows(), h.Blocks(block.Chunk(n - 1))}
 }
 
-// check reports why e cannot be the entry of chunk c, or nil (R21).
+// slotSlack is for how many chunks more than twice those of the device a store
+// may come to have slots: dropped ones wait for a commit and their readers
+// before they are taken again.
+const slotSlack = 1 << 16
+
+// check reports why e cannot be the entry of chunk c, or nil (R21). The slots
+// that a row names are not looked at.
 func (l *limits) check(c block.Chunk, e Entry) error {
-	stored, zero, slot := e.Stored(), e.Zero(), e.Slot()
+	stored, zero := e.Stored(), e.Zero()
 	blocks := block.AllBlocks
 	if int64(c) == l.chunks-1 {
 		blocks = l.last
@@ -288,28 +335,41 @@ func (l *limits) check(c block.Chunk, e Entry) error {
 		return fmt.Errorf("entry for chunk %d, the device has %d", c, l.chunks)
 	case stored&zero != 0:
 		return fmt.Errorf("chunk %d: blocks %#x both stored and zero", c, stored&zero)
-	case (stored == 0) != (slot == 0):
-		return fmt.Errorf("chunk %d: slot %d with stored blocks %#x", c, slot, stored)
+	case (stored == 0) != (e.home() == 0):
+		return fmt.Errorf("chunk %d: home %#x with stored blocks %#x", c, e.home(), stored)
 	case (stored|zero)&^blocks != 0:
 		return fmt.Errorf("chunk %d: blocks %#x lie beyond the device", c, (stored|zero)&^blocks)
-	case int64(slot) > l.slots:
+	case stored == 0:
+		return nil
+	}
+	if row, ok := e.row(); ok {
+		if int64(row) >= l.rows {
+			return fmt.Errorf("chunk %d: row %d, a store of %d chunks has %d", c, row, l.chunks, l.rows)
+		}
+		return nil
+	}
+	if err := l.checkSlot(c, int64(e.home())+int64(stored.First())-homeBias); err != nil {
+		return err
+	}
+	return l.checkSlot(c, int64(e.home())+int64(stored.Last())-homeBias)
+}
+
+// checkSlot reports why a block of chunk c cannot have the slot, or nil.
+func (l *limits) checkSlot(c block.Chunk, slot int64) error {
+	if slot < 1 || slot > l.slots {
 		return fmt.Errorf("chunk %d: slot %d, a store of %d chunks has no such slot", c, slot, l.chunks)
 	}
 	return nil
 }
 
-// slotSlack is how many slots more than two a chunk a store may come to use:
-// dropped ones wait for a commit and their readers before they are taken again.
-const slotSlack = 1 << 16
-
-// encodeSector writes up to sectorEntries entries into the 512 bytes of p, as
-// table sector number n. A sector without entries is all zeros.
-func encodeSector(p []byte, u UUID, n int64, entry func(i int) Entry) {
+// encodeSector writes sectorWords words into the 512 bytes of p, as table
+// sector number n. A sector of zeros alone is all zeros.
+func encodeSector(p []byte, u UUID, n int64, word func(i int) uint64) {
 	clear(p[:sectorSize])
 	used := false
-	for i := range sectorEntries {
-		if e := entry(i); e != 0 {
-			le.PutUint64(p[i*8:], uint64(e))
+	for i := range sectorWords {
+		if w := word(i); w != 0 {
+			le.PutUint64(p[i*8:], w)
 			used = true
 		}
 	}
@@ -332,16 +392,25 @@ func checkSector(p []byte, u UUID, n int64) error {
 		return nil
 	}
 	if le.Uint32(p[508:]) != uint32(n)+1 || le.Uint32(p[504:]) != sectorSum(p, u, n) {
-		return fmt.Errorf("%w: table sector %d (chunks %d to %d): checksum", ErrCorrupt, n, n*sectorEntries, (n+1)*sectorEntries-1)
+		return fmt.Errorf("%w: table sector %d: checksum", ErrCorrupt, n)
 	}
 	return nil
 }
 
-// entriesOf yields the entries of a sector that are not zero.
-func entriesOf(p []byte) iter.Seq2[int, Entry] {
-	return func(yield func(int, Entry) bool) {
-		for i := range sectorEntries {
-			if e := Entry(le.Uint64(p[i*8:])); e != 0 && !yield(i, e) {
+// sectorHolds says what the words of table sector n tell of, for messages.
+func (h *Header) sectorHolds(n int64) string {
+	if first := n * sectorWords; first < h.rowsAt() {
+		return fmt.Sprintf("chunks %d to %d", first, first+sectorWords-1)
+	}
+	first := (n*sectorWords - h.rowsAt()) / rowWords
+	return fmt.Sprintf("rows %d to %d", first, first+sectorWords/rowWords)
+}
+
+// wordsOf yields the words of a sector that are not zero.
+func wordsOf(p []byte) iter.Seq2[int, uint64] {
+	return func(yield func(int, uint64) bool) {
+		for i := range sectorWords {
+			if w := le.Uint64(p[i*8:]); w != 0 && !yield(i, w) {
 				return
 			}
 		}
@@ -351,12 +420,15 @@ func entriesOf(p []byte) iter.Seq2[int, Entry] {
 var zeroPage [pageSize]byte
 
 // A run says that count chunks from chunk on have the entry; here marks the
-// blocks whose bytes the record holds. A run with a slot is one chunk long.
+// blocks whose bytes the record holds, named those whose slots it names: the
+// entry's row has, by the records before, the slots of the others. A run with
+// stored blocks is one chunk long.
 type run struct {
 	chunk block.Chunk
 	count uint32
 	entry Entry
 	here  block.Mask
+	named block.Mask
 }
 
 // Flags of a record.
@@ -372,13 +444,17 @@ type record struct {
 	seq   uint64
 	prev  uint32 // checksum of the record before
 	runs  []run
-	data  []byte // the blocks that the runs' here masks name, in their order
+	slots []uint32 // of the blocks that the runs' named masks name, in their order
+	data  []byte   // the blocks that the runs' here masks name, in their order
 	sum   uint32
 }
 
+// dataAt returns where in a record its data begins.
+func dataAt(runs, slots int) int { return recordHead + runs*runSize + slots*slotSize }
+
 // recordLen returns the bytes that a record takes: whole pages (R10).
-func recordLen(runs, data int) int64 {
-	return roundUp(int64(recordHead+runs*runSize+data), pageSize)
+func recordLen(runs, slots, data int) int64 {
+	return roundUp(int64(dataAt(runs, slots)+data), pageSize)
 }
 
 // encode writes r for position pos of the log into p, which is recordLen bytes
@@ -393,12 +469,17 @@ func (r *record) encode(p []byte, u UUID, pos int64) {
 	le.PutUint32(p[32:], uint32(len(r.data)))
 	le.PutUint32(p[36:], r.prev)
 	le.PutUint32(p[40:], 0)
+	le.PutUint32(p[44:], uint32(len(r.slots)))
 	for i, n := range r.runs {
 		q := p[recordHead+i*runSize:]
 		le.PutUint32(q[0:], uint32(n.chunk))
 		le.PutUint32(q[4:], n.count)
 		le.PutUint64(q[8:], uint64(n.entry))
 		le.PutUint16(q[16:], uint16(n.here))
+		le.PutUint16(q[18:], uint16(n.named))
+	}
+	for i, slot := range r.slots {
+		le.PutUint32(p[dataAt(len(r.runs), i):], slot)
 	}
 	r.sum = checksum(u, uint64(pos), p)
 	le.PutUint32(p[40:], r.sum)
@@ -415,8 +496,8 @@ func decodeRecord(log []byte, h *Header, pos int64) (*record, int64, error) {
 		return nil, 0, errNoRecord
 	}
 	n := int64(le.Uint32(p[24:]))
-	runs, data := int64(le.Uint32(p[28:])), int64(le.Uint32(p[32:]))
-	if n < pageSize || n > int64(len(p)) || n%pageSize != 0 || recordHead+runs*runSize+data > n {
+	runs, data, slots := int64(le.Uint32(p[28:])), int64(le.Uint32(p[32:])), int64(le.Uint32(p[44:]))
+	if n < pageSize || n > int64(len(p)) || n%pageSize != 0 || recordHead+runs*runSize+slots*slotSize+data > n {
 		return nil, 0, errNoRecord
 	}
 	r := &record{
@@ -431,33 +512,54 @@ func decodeRecord(log []byte, h *Header, pos int64) (*record, int64, error) {
 	r.runs = make([]run, runs)
 	for i := range r.runs {
 		q := p[recordHead+i*runSize:]
-		r.runs[i] = run{block.Chunk(le.Uint32(q)), le.Uint32(q[4:]), Entry(le.Uint64(q[8:])), block.Mask(le.Uint16(q[16:]))}
+		r.runs[i] = run{
+			chunk: block.Chunk(le.Uint32(q)), count: le.Uint32(q[4:]), entry: Entry(le.Uint64(q[8:])),
+			here: block.Mask(le.Uint16(q[16:])), named: block.Mask(le.Uint16(q[18:])),
+		}
 	}
-	r.data = p[recordHead+runs*runSize:][:data]
+	if slots > 0 {
+		r.slots = make([]uint32, slots)
+	}
+	for i := range r.slots {
+		r.slots[i] = le.Uint32(p[dataAt(int(runs), i):])
+	}
+	r.data = p[dataAt(int(runs), int(slots)):][:data]
 	return r, n, r.validate(h)
 }
 
 // validate holds a record whose checksum is right against the device's shape.
 func (r *record) validate(h *Header) error {
-	data := 0
+	bad := func(format string, args ...any) error {
+		return fmt.Errorf("%w: log record %d: %s", ErrCorrupt, r.seq, fmt.Sprintf(format, args...))
+	}
+	data, slots := 0, 0
 	limits := h.limits()
 	for _, n := range r.runs {
 		last := int64(n.chunk) + int64(n.count) - 1
-		if n.count == 0 || n.count > 1 && n.entry.Slot() != 0 || last >= limits.chunks {
-			return fmt.Errorf("%w: log record %d: run of %d from chunk %d", ErrCorrupt, r.seq, n.count, n.chunk)
+		if n.count == 0 || n.count > 1 && n.entry.Stored() != 0 || last >= limits.chunks {
+			return bad("run of %d from chunk %d", n.count, n.chunk)
 		}
 		for _, c := range []block.Chunk{n.chunk, block.Chunk(last)} {
 			if err := limits.check(c, n.entry); err != nil {
-				return fmt.Errorf("%w: log record %d: %v", ErrCorrupt, r.seq, err)
+				return bad("%v", err)
 			}
 		}
 		if n.here&^n.entry.Stored() != 0 {
-			return fmt.Errorf("%w: log record %d: data for blocks of chunk %d that are not stored", ErrCorrupt, r.seq, n.chunk)
+			return bad("data for blocks of chunk %d that are not stored", n.chunk)
+		}
+		if _, row := n.entry.row(); n.named&^n.entry.Stored() != 0 || n.named != 0 && !row {
+			return bad("slots for blocks of chunk %d that have none in a row", n.chunk)
 		}
 		data += n.here.Count() * h.BlockSize()
+		slots += n.named.Count()
 	}
-	if data != len(r.data) {
-		return fmt.Errorf("%w: log record %d: %d bytes of data, its blocks have %d", ErrCorrupt, r.seq, len(r.data), data)
+	if data != len(r.data) || slots != len(r.slots) {
+		return bad("%d bytes of data and %d slots, its blocks have %d and %d", len(r.data), len(r.slots), data, slots)
+	}
+	for i, slot := range r.slots {
+		if slot < 1 || int64(slot) > limits.slots {
+			return bad("slot %d, the %dth of %d, which the store has not", slot, i+1, slots)
+		}
 	}
 	return nil
 }

@@ -65,15 +65,16 @@ func TestSuperblockFormat(t *testing.T) {
 func TestTableFormat(t *testing.T) {
 	h := exampleHeader()
 	p := make([]byte, sectorSize)
-	want := map[int]Entry{
-		0:  makeEntry(1, 0xffff, 0),
-		2:  makeEntry(3, 0x0001, 0x8000),
-		62: makeEntry(9, 0, 0xffff),
+	want := map[int]uint64{
+		0:  uint64(makeEntry(straight(1, 0), 0xffff, 0)),
+		2:  uint64(makeEntry(straight(99, 15), 0x8000, 0x0001)),
+		3:  uint64(makeEntry(homeRow|7, 0x0101, 0)),
+		62: uint64(makeEntry(9, 0, 0xffff)),
 	}
-	encodeSector(p, h.UUID, 5, func(i int) Entry { return want[i] })
+	encodeSector(p, h.UUID, 5, func(i int) uint64 { return want[i] })
 	golden(t, "sector.hex", p)
-	got := make(map[int]Entry)
-	maps.Insert(got, entriesOf(p))
+	got := make(map[int]uint64)
+	maps.Insert(got, wordsOf(p))
 	if err := checkSector(p, h.UUID, 5); err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("decoded %v, %v", got, err)
 	}
@@ -85,13 +86,14 @@ func TestTableFormat(t *testing.T) {
 func TestRecordFormat(t *testing.T) {
 	h := exampleHeader()
 	r := &record{flags: flagBarrier, epoch: h.epoch, seq: 99, prev: h.chain, runs: []run{
-		{chunk: 4, count: 1, entry: makeEntry(2, 0x0003, 0), here: 0x0002},
+		{chunk: 4, count: 1, entry: makeEntry(straight(2, 0), 0x0003, 0), here: 0x0002},
+		{chunk: 5, count: 1, entry: makeEntry(homeRow|3, 0x8011, 0), named: 0x8001},
 		{chunk: 8, count: 100, entry: makeEntry(0, 0, 0xffff)},
-	}}
+	}, slots: []uint32{40, 41}}
 	r.data = bytes.Repeat([]byte("data"), 1024)
 	log := make([]byte, h.logLen)
-	p := log[8192:][:recordLen(len(r.runs), len(r.data))]
-	copy(p[recordHead+len(r.runs)*runSize:], r.data)
+	p := log[8192:][:recordLen(len(r.runs), len(r.slots), len(r.data))]
+	copy(p[dataAt(len(r.runs), len(r.slots)):], r.data)
 	r.encode(p, h.UUID, 8192)
 	golden(t, "record.hex", p)
 	got, n, err := decodeRecord(log, h, 8192)
@@ -120,8 +122,8 @@ func FuzzDecode(f *testing.F) {
 		}
 		checkSector(page, h.UUID, 0)
 		limits := h.limits()
-		for _, e := range entriesOf(page) {
-			limits.check(0, e)
+		for _, w := range wordsOf(page) {
+			limits.check(0, Entry(w))
 		}
 		n := int64(le.Uint32(page[24:]))
 		if n >= pageSize && n <= int64(len(page)) {

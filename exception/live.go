@@ -2,6 +2,7 @@ package exception
 
 import (
 	"iter"
+	"math"
 	"math/bits"
 	"sync"
 	"sync/atomic"
@@ -172,8 +173,8 @@ func (w words) plain() []uint64 {
 	return unsafe.Slice((*uint64)(unsafe.Pointer(unsafe.SliceData(w))), len(w))
 }
 
-// The live memory begins with a page that says whose it is; the entries
-// follow, eight bytes a chunk.
+// The live memory begins with a page that says whose it is; the words of the
+// table follow: the entries, eight bytes a chunk, and the rows.
 const (
 	areaMagic = 0x65766c5665764977
 	areaHead  = pageSize
@@ -199,6 +200,8 @@ type live struct {
 	area    Area
 	head    words
 	entries words
+	rows    words // a row has rowWords of them
+	rowsAt  int64 // the word of the table with which they begin
 
 	chunks   words // dirty mask, flags: below
 	chunkMem []byte
@@ -224,8 +227,9 @@ const (
 	flagWaiting = 1 << 18 // somebody waits for the claim
 )
 
-func newLive(m Memory, u UUID, chunks int64) (*live, error) {
-	area, err := m.Attach(u, areaHead+chunks*8)
+func newLive(m Memory, h *Header) (*live, error) {
+	chunks, rowsAt := h.Chunks(), h.rowsAt()
+	area, err := m.Attach(h.UUID, areaHead+h.words()*8)
 	if err != nil {
 		return nil, err
 	}
@@ -233,8 +237,10 @@ func newLive(m Memory, u UUID, chunks int64) (*live, error) {
 	if err != nil {
 		return nil, err
 	}
+	table := asWords(area.Bytes()[areaHead:])
 	l := &live{
-		area: area, head: asWords(area.Bytes()[:areaHead]), entries: asWords(area.Bytes()[areaHead:]),
+		area: area, head: asWords(area.Bytes()[:areaHead]),
+		entries: table[:chunks], rows: table[rowsAt:], rowsAt: rowsAt,
 		chunks: asWords(mem), chunkMem: mem,
 	}
 	for i := range l.wait {
@@ -291,8 +297,8 @@ func (l *live) isOf(u UUID) bool {
 	return l.head[headUUID].Load() == le.Uint64(u[:]) && l.head[headUUID+1].Load() == le.Uint64(u[8:])
 }
 
-// forget makes the table empty again: what an earlier process left is not
-// adopted.
+// forget makes the entries empty again: what an earlier process left is not
+// adopted. A row that no entry names means nothing.
 func (l *live) forget() {
 	l.invalidate()
 	for c := range l.from(0) {
@@ -333,6 +339,79 @@ func (l *live) reserve(c block.Chunk) error {
 
 func (l *live) set(c block.Chunk, e Entry) { l.entries[c].Store(uint64(e)) }
 
+// reserveRow makes row r safe to set.
+func (l *live) reserveRow(r uint32) error {
+	return l.area.Reserve(areaHead+(l.rowsAt+int64(r)*rowWords)*8, rowWords*8)
+}
+
+// clearRow makes row r name no slot. No entry names it.
+func (l *live) clearRow(r uint32) {
+	for i := range rowWords {
+		l.rows[int(r)*rowWords+i].Store(0)
+	}
+}
+
+// rowSlot returns the slot that row r names for block b, or 0.
+func (l *live) rowSlot(r uint32, b int) uint32 {
+	return uint32(l.rows[int(r)*rowWords+b/2].Load() >> (b % 2 * 32))
+}
+
+// setRowSlot makes row r name the slot for block b, for which it names none:
+// whoever sees a block stored finds its slot, and the same as long as the
+// chunk has the row.
+func (l *live) setRowSlot(r uint32, b int, slot uint32) {
+	l.rows[int(r)*rowWords+b/2].Or(uint64(slot) << (b % 2 * 32))
+}
+
+// changeRowSlot is setRowSlot for a row that may name another slot for the
+// block. Nobody else knows the store yet.
+func (l *live) changeRowSlot(r uint32, b int, slot uint32) {
+	w := &l.rows[int(r)*rowWords+b/2]
+	shift := b % 2 * 32
+	w.Store(w.Load()&^(math.MaxUint32<<shift) | uint64(slot)<<shift)
+}
+
+// rowWord returns word n of the table, one of a row.
+func (l *live) rowWord(n int64) uint64 {
+	if !l.area.Reserved(areaHead + n*8) {
+		return 0
+	}
+	return l.rows[n-l.rowsAt].Load()
+}
+
+// rowHasNone reports whether row r names no slot for any block of m.
+func (l *live) rowHasNone(r uint32, m block.Mask) bool {
+	for ; m != 0; m &= m - 1 {
+		if l.rowSlot(r, m.First()) != 0 {
+			return false
+		}
+	}
+	return true
+}
+
+// slot returns the slot of block b, which e stores.
+func (l *live) slot(e Entry, b int) uint32 {
+	if r, ok := e.row(); ok {
+		return l.rowSlot(r, b)
+	}
+	return e.straightSlot(b)
+}
+
+// run returns the slot of block b, which e stores, and the end of the run of
+// stored blocks from b on whose slots follow one another.
+func (l *live) run(e Entry, b int) (slot uint32, end int) {
+	slot = l.slot(e, b)
+	end, _ = e.Stored().Run(b)
+	if r, ok := e.row(); ok {
+		for k := b + 1; k < end; k++ {
+			if l.rowSlot(r, k) != slot+uint32(k-b) {
+				return slot, k
+			}
+		}
+	}
+	return slot, end
+}
+
 // claim waits until nobody else holds the claim of chunk c, and takes it.
 func (l *live) claim(c block.Chunk) {
 	w := &l.chunks[c]
@@ -351,6 +430,17 @@ func (l *live) claim(c block.Chunk) {
 		}
 		s.mu.Unlock()
 	}
+}
+
+// tryClaim takes the claim of chunk c if nobody holds it.
+func (l *live) tryClaim(c block.Chunk) bool {
+	w := &l.chunks[c]
+	for v := w.Load(); v&flagClaimed == 0; v = w.Load() {
+		if w.CompareAndSwap(v, v|flagClaimed) {
+			return true
+		}
+	}
+	return false
 }
 
 func (l *live) unclaim(c block.Chunk) {

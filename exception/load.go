@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"iter"
+	"math/bits"
 	"slices"
 	"time"
 
@@ -55,7 +56,7 @@ func open(f disk.File, o Options) (*Store, error) {
 	}
 	s := newStore(f, h, o)
 	s.believe(h, copies)
-	if s.live, err = newLive(o.Memory, h.UUID, h.Chunks()); err != nil {
+	if s.live, err = newLive(o.Memory, h); err != nil {
 		return nil, fmt.Errorf("memory for %d chunks: %w", h.Chunks(), err)
 	}
 	s.adopted = !h.Clean && s.live.valid(h.UUID, h.epoch)
@@ -86,6 +87,7 @@ func open(f disk.File, o Options) (*Store, error) {
 
 func newStore(f disk.File, h *Header, o Options) *Store {
 	s := &Store{file: f, opts: o, geo: h.Geometry, shape: *h, header: *h, slotsOff: h.slotsOff(), logf: o.Log}
+	s.slots.name, s.rows.name = "slots", "rows"
 	if s.logf == nil {
 		s.logf = func(string, ...any) {}
 	}
@@ -106,7 +108,7 @@ func (s *Store) tick() {
 		case <-s.stop:
 			return
 		case <-t.C:
-			if s.started.Load() && (s.live.isDirty() || s.slots.waiting()) {
+			if s.started.Load() && (s.live.isDirty() || s.slots.waiting() || s.rows.waiting()) {
 				s.Flush()
 			}
 		}
@@ -185,6 +187,9 @@ func (s *Store) load() error {
 	if err := ld.table(); err != nil {
 		return err
 	}
+	if s.adopted {
+		ld.findNewRows()
+	}
 	if !s.header.Clean {
 		if err := ld.log(); err != nil {
 			return err
@@ -195,7 +200,7 @@ func (s *Store) load() error {
 			return err
 		}
 	}
-	return ld.countSlots()
+	return ld.countTaken()
 }
 
 // believe takes h, one of copies, for what the store is.
@@ -266,7 +271,7 @@ type loader struct {
 // put sets the entry of chunk c.
 func (ld *loader) put(c block.Chunk, e Entry) {
 	ld.into[c] = uint64(e)
-	ld.pages.add(int64(c)/pageEntries*pageSize, 1)
+	ld.pages.add(int64(c)/pageWords*pageSize, 1)
 }
 
 // table reads the file's table.
@@ -312,7 +317,7 @@ func (ld *loader) sectors(p []byte, n int64) error {
 			k++
 		}
 		if k >= populateFrom {
-			populate(ld.mem, n*pageEntries*8, int64(k)*pageEntries*8)
+			populate(ld.mem, n*pageWords*8, int64(k)*pageWords*8)
 		}
 		for i := range k {
 			if err := ld.page(p[i*pageSize:][:pageSize], n+int64(i)); err != nil {
@@ -333,17 +338,61 @@ func (ld *loader) page(p []byte, n int64) error {
 		sector := n*pageSize/sectorSize + i
 		q := p[i*sectorSize:][:sectorSize]
 		if err := checkSector(q, ld.s.shape.UUID, sector); err != nil {
-			return err
+			return fmt.Errorf("%w (%s)", err, ld.s.shape.sectorHolds(sector))
 		}
-		for k, e := range entriesOf(q) {
-			c := block.Chunk(sector*sectorEntries + int64(k))
+		first := sector * sectorWords
+		if first >= ld.s.live.rowsAt {
+			if err := ld.rows(q, first); err != nil {
+				return err
+			}
+			continue
+		}
+		for k, w := range wordsOf(q) {
+			c, e := block.Chunk(first+int64(k)), Entry(w)
 			if err := ld.limits.check(c, e); err != nil {
 				return fmt.Errorf("%w: table sector %d: %v", ErrCorrupt, sector, err)
 			}
-			ld.into[c] = uint64(e)
+			ld.into[c] = w
 		}
 	}
 	return nil
+}
+
+// rows reads a sector of rows, of which the first word is number n.
+func (ld *loader) rows(q []byte, n int64) error {
+	live := ld.s.live
+	words := min(sectorWords, live.rowsAt+int64(len(live.rows))-n)
+	if words <= 0 {
+		return fmt.Errorf("%w: word %d of the table, it has %d", ErrCorrupt, n, live.rowsAt+int64(len(live.rows)))
+	}
+	if ld.s.adopted { // what is in memory is newer
+		for i := range words {
+			if live.rowWord(n+i) != le.Uint64(q[i*8:]) {
+				ld.s.table.dirty[n/pageWords] = true
+			}
+		}
+		return nil
+	}
+	if err := live.area.Reserve(areaHead+n*8, words*8); err != nil {
+		return fmt.Errorf("memory for the live table: %w", err)
+	}
+	to := live.rows.plain()[n-live.rowsAt:]
+	for i := range words {
+		to[i] = le.Uint64(q[i*8:])
+	}
+	return nil
+}
+
+// findNewRows marks the pages of rows that the memory of a dead process has
+// and the file's table has not.
+func (ld *loader) findNewRows() {
+	live, t := ld.s.live, &ld.s.table
+	end := live.rowsAt + int64(len(live.rows))
+	for n := live.rowsAt; n < end; n += pageWords {
+		if !t.allocated[n/pageWords] && live.area.Reserved(areaHead+n*8) {
+			t.dirty[n/pageWords] = true
+		}
+	}
 }
 
 // log replays the log: first the final mapping of all chunks, then what inline
@@ -363,14 +412,17 @@ func (ld *loader) log() error {
 		if r.flags&flagBarrier != 0 {
 			o.clear()
 		}
-		data := r.data
+		data, slots := r.data, r.slots
 		for _, n := range r.runs {
 			for i := range n.count {
 				c := n.chunk + block.Chunk(i)
 				ld.put(c, n.entry)
-				s.table.dirty[int64(c)/pageEntries] = true
+				s.table.dirty[int64(c)/pageWords] = true
 			}
 			data = o.add(n, data)
+			if slots, err = ld.name(n, slots); err != nil {
+				return err
+			}
 		}
 	}
 	s.log.head = next
@@ -382,6 +434,27 @@ func (ld *loader) log() error {
 		s.replayed.Store(o)
 	}
 	return nil
+}
+
+// name makes the row of n name slots for the blocks that n names, and returns
+// the rest of the slots.
+func (ld *loader) name(n run, slots []uint32) ([]uint32, error) {
+	row, ok := n.entry.row()
+	if !ok || n.named == 0 {
+		return slots, nil
+	}
+	ld.s.table.dirty[ld.s.rowPage(row)] = true
+	if ld.s.adopted { // what is in memory is newer
+		return slots[n.named.Count():], nil
+	}
+	if err := ld.s.live.reserveRow(row); err != nil {
+		return nil, fmt.Errorf("memory for the live table: %w", err)
+	}
+	for m := n.named; m != 0; m &= m - 1 {
+		ld.s.live.changeRowSlot(row, m.First(), slots[0])
+		slots = slots[1:]
+	}
+	return slots, nil
 }
 
 // readLog returns the log's bytes.
@@ -465,7 +538,7 @@ func (ld *loader) publish() error {
 func (ld *loader) runs() iter.Seq2[int64, int64] {
 	return func(yield func(from, to int64) bool) {
 		for first, end := range ld.pages.runs() {
-			from, to := first*pageEntries, min(end*pageEntries, int64(len(ld.into)))
+			from, to := first*pageWords, min(end*pageWords, int64(len(ld.into)))
 			for from < to && ld.into[from] == 0 {
 				from++
 			}
@@ -479,56 +552,74 @@ func (ld *loader) runs() iter.Seq2[int64, int64] {
 	}
 }
 
-// countSlots finds which slots are taken, and refuses a store in which two
-// chunks have the same.
-func (ld *loader) countSlots() error {
+// countTaken finds which slots and rows are taken, and refuses a store in which
+// two blocks have the same slot or two chunks the same row.
+func (ld *loader) countTaken() error {
 	s := ld.s
-	used := newBitmap()
-	top := uint32(0)
+	slots, rows := newBitmap(ld.limits.slots), newBitmap(ld.limits.rows)
 	take := func(c block.Chunk, e Entry) error {
-		n := e.Slot()
-		if n == 0 {
+		stored := e.Stored()
+		row, ok := e.row()
+		if !ok {
+			if stored != 0 && !slots.set(e.straightSlot(stored.First()), uint64(stored>>stored.First())) {
+				return fmt.Errorf("%w: chunk %d has a slot from %d on that another has too", ErrCorrupt, c, e.straightSlot(stored.First()))
+			}
 			return nil
 		}
-		if !used.set(n) {
-			return fmt.Errorf("%w: chunk %d has slot %d, which another chunk has too", ErrCorrupt, c, n)
+		if !rows.set(row+1, 1) {
+			return fmt.Errorf("%w: chunk %d has row %d, which another has too", ErrCorrupt, c, row)
 		}
-		top = max(top, n)
+		for ; stored != 0; stored &= stored - 1 {
+			slot := s.live.slot(e, stored.First())
+			if err := ld.limits.checkSlot(c, int64(slot)); err != nil {
+				return fmt.Errorf("%w: row %d: %v", ErrCorrupt, row, err)
+			}
+			if !slots.set(slot, 1) {
+				return fmt.Errorf("%w: chunk %d has slot %d, which another block has too", ErrCorrupt, c, slot)
+			}
+		}
 		return nil
 	}
-	var err error
 	if s.adopted {
 		for c, e := range s.live.from(0) {
-			if err = ld.limits.check(c, e); err != nil {
-				err = fmt.Errorf("%w: live table in memory: %v", ErrCorrupt, err)
-			} else {
+			err := ld.limits.check(c, e)
+			if err == nil {
 				err = take(c, e)
 			}
 			if err != nil {
-				break
+				return fmt.Errorf("live table in memory: %w", err)
 			}
 		}
 	} else {
 		for from, to := range ld.runs() {
-			for c := from; c < to && err == nil; c++ {
-				err = take(block.Chunk(c), Entry(ld.into[c]))
+			for c := from; c < to; c++ {
+				if e := Entry(ld.into[c]); e.Stored() == 0 {
+				} else if err := take(block.Chunk(c), e); err != nil {
+					return err
+				}
 			}
 		}
 	}
-	if err != nil {
-		return err
-	}
-	s.slots.next = top + 1
-	s.slots.limit = uint32(min(s.geo.Chunks()*2+slotSlack, 1<<32-1))
+	limit := ld.limits.slots
 	if s.opts.Capacity > 0 {
-		s.slots.limit = uint32(min(int64(s.slots.limit), max(0, s.opts.Capacity-s.slotsOff)/int64(s.geo.ChunkSize)+1))
+		limit = min(limit, max(0, s.opts.Capacity-s.slotsOff)/int64(s.geo.BlockSize()))
 	}
-	for n := top; n > 0; n-- {
-		if !used.has(n) {
-			s.slots.free = append(s.slots.free, n)
-		}
-	}
+	s.slots.fill(slots, limit)
+	s.rows.fill(rows, ld.limits.rows)
 	return nil
+}
+
+// fill makes the space that of the numbers 1 to limit, of which those in used
+// are taken.
+func (s *space) fill(used *bitmap, limit int64) {
+	s.next, s.limit = 1, uint32(limit)+1
+	for x := range used.runs() {
+		if s.next < x.first {
+			s.free = append(s.free, extent{s.next, x.first - s.next})
+		}
+		s.next = x.end()
+	}
+	s.limit = max(s.limit, s.next)
 }
 
 func allZero(p []byte) bool {
@@ -541,33 +632,67 @@ func allZero(p []byte) bool {
 	return string(p) == string(zeroPage[:len(p)])
 }
 
-// bitmap is a set of slot numbers.
-type bitmap struct {
-	bits map[uint32]*[1024]uint64
-	key  uint32        // looked up last
-	last *[1024]uint64 // what was found
+// bitmap is a set of the numbers 1 to a limit, which takes memory for those
+// parts that have some.
+type bitmap struct{ pages []*[bitmapPage]uint64 }
+
+const bitmapPage = 1024 // words
+
+func newBitmap(limit int64) *bitmap {
+	return &bitmap{make([]*[bitmapPage]uint64, limit/64/bitmapPage+2)}
 }
 
-func newBitmap() *bitmap { return &bitmap{bits: make(map[uint32]*[1024]uint64)} }
-
-// set adds n and reports whether it was not there.
-func (b *bitmap) set(n uint32) bool {
-	if b.last == nil || b.key != n>>16 {
-		b.key, b.last = n>>16, b.bits[n>>16]
+// set adds n+i for each bit i of m, of which there are at most 16, and reports
+// whether none was there.
+func (b *bitmap) set(n uint32, m uint64) bool {
+	low, high := b.word(n/64), m<<(n%64)
+	free := *low&high == 0
+	*low |= high
+	if rest := m >> 1 >> (63 - n%64); rest != 0 {
+		next := b.word(n/64 + 1)
+		free = free && *next&rest == 0
+		*next |= rest
 	}
-	if b.last == nil {
-		b.last = new([1024]uint64)
-		b.bits[n>>16] = b.last
-	}
-	i, bit := n>>6&1023, uint64(1)<<(n&63)
-	if b.last[i]&bit != 0 {
-		return false
-	}
-	b.last[i] |= bit
-	return true
+	return free
 }
 
-func (b *bitmap) has(n uint32) bool {
-	p := b.bits[n>>16]
-	return p != nil && p[n>>6&1023]>>(n&63)&1 != 0
+func (b *bitmap) word(i uint32) *uint64 {
+	p := &b.pages[i/bitmapPage]
+	if *p == nil {
+		*p = new([bitmapPage]uint64)
+	}
+	return &(*p)[i%bitmapPage]
+}
+
+// runs yields the runs of numbers in the set, in order.
+func (b *bitmap) runs() iter.Seq[extent] {
+	return func(yield func(extent) bool) {
+		var x extent
+		for i, p := range b.pages {
+			if p == nil {
+				continue
+			}
+			for k, w := range p {
+				first := uint32(i*bitmapPage+k) * 64
+				for w != 0 {
+					from := uint32(bits.TrailingZeros64(w))
+					n := uint32(bits.TrailingZeros64(^(w >> from)))
+					if x.n > 0 && x.end() == first+from {
+						x.n += n
+					} else if x.n > 0 && !yield(x) {
+						return
+					} else {
+						x = extent{first + from, n}
+					}
+					if from+n == 64 {
+						break
+					}
+					w &= ^uint64(0) << (from + n)
+				}
+			}
+		}
+		if x.n > 0 {
+			yield(x)
+		}
+	}
 }

@@ -4,8 +4,6 @@ import (
 	"fmt"
 	"slices"
 	"sync"
-
-	"github.com/cowdev/cowdev/block"
 )
 
 // The log's zone is the part of it that has been written once: an append there
@@ -66,22 +64,23 @@ func (l *logRing) pending() int64 {
 	return l.head.bytes - l.tail.bytes
 }
 
-// append writes one record, and returns when it is durable. data are the
-// blocks that the runs' here masks name. Any failure breaks the store: the
-// record may exist from the moment it was handed to the disk (R8).
-func (s *Store) append(flags uint32, runs []run, data []byte) error {
+// append writes one record, and returns when it is durable. slots and data are
+// those of the blocks that the runs' named and here masks name. Any failure
+// breaks the store: the record may exist from the moment it was handed to the
+// disk (R8).
+func (s *Store) append(flags uint32, runs []run, slots []uint32, data []byte) error {
 	l := &s.log
-	n := recordLen(len(runs), len(data))
+	n := recordLen(len(runs), len(slots), len(data))
 	if err := s.makeRoom(n); err != nil {
 		return err
 	}
 	if l.head.pos+n > s.logEnd() {
-		if err := s.put(&record{flags: flagPad}, pageSize, nil); err != nil {
+		if err := s.put(&record{flags: flagPad}, pageSize); err != nil {
 			return err
 		}
 		s.skipToStart()
 	}
-	return s.put(&record{flags: flags, runs: runs, data: data}, n, data)
+	return s.put(&record{flags: flags, runs: runs, slots: slots, data: data}, n)
 }
 
 // skipToStart moves the head to the log's beginning.
@@ -159,7 +158,7 @@ func (s *Store) makeRoom(n int64) error {
 }
 
 // put encodes r into n bytes at the head, writes it and moves the head.
-func (s *Store) put(r *record, n int64, data []byte) error {
+func (s *Store) put(r *record, n int64) error {
 	l := &s.log
 	if err := s.Broken(); err != nil {
 		return err
@@ -167,9 +166,9 @@ func (s *Store) put(r *record, n int64, data []byte) error {
 	r.epoch, r.seq, r.prev = s.epoch, l.head.seq, l.head.chain
 	p := slices.Grow(l.buf[:0], int(n))[:n]
 	l.buf = p
-	at := recordHead + len(r.runs)*runSize
+	at := dataAt(len(r.runs), len(r.slots))
 	clear(p[:at])
-	clear(p[at+copy(p[at:], data):])
+	clear(p[at+copy(p[at:], r.data):])
 	r.encode(p, s.shape.UUID, l.head.pos)
 	if err := s.file.WriteSync(p, s.shape.logOff()+l.head.pos); err != nil {
 		return s.fail(fmt.Sprintf("append record %d to the log", r.seq), err)
@@ -213,10 +212,10 @@ type writerAt interface {
 	WriteAt(p []byte, off int64) (int, error)
 }
 
-// touch marks the page of chunk c as differing.
-func (t *tablePages) touch(c block.Chunk) {
+// touch marks page n as differing.
+func (t *tablePages) touch(n int64) {
 	t.mu.Lock()
-	t.dirty[int64(c)/pageEntries] = true
+	t.dirty[n] = true
 	t.mu.Unlock()
 }
 

@@ -32,6 +32,9 @@ func (o *overlay) len() int { return len(o.blocks) }
 
 // block returns the bytes of block b of chunk c, or nil if they are in place.
 func (o *overlay) block(c block.Chunk, b int) []byte {
+	if o == nil {
+		return nil
+	}
 	return o.blocks[blockKey{c, uint8(b)}]
 }
 
@@ -123,10 +126,8 @@ func (s *Store) begin() error {
 // them up and not punched them. Nothing durable names them by now, and nobody
 // has taken one yet.
 func (s *Store) punchLeftovers(size int64) {
-	free := slices.Clone(s.slots.free)
-	slices.Sort(free)
-	s.punchSlots(free)
-	if end := s.slotsOff + int64(s.slots.next-1)*int64(s.geo.ChunkSize); end < size {
+	s.punchSlots(s.slots.free)
+	if end := s.slotOff(s.slots.next); end < size {
 		if data, err := s.file.NextData(end); err != nil || data < size {
 			s.punch(end, size-end)
 		}
@@ -183,6 +184,7 @@ func (s *Store) recover() error {
 }
 
 // commitAdopted makes every live entry a committed one: all data is durable.
+// Which pages of rows differ from the file's is known since the load.
 func (s *Store) commitAdopted() {
 	gone := make(map[int64]bool)
 	for n := range s.table.allocated {
@@ -195,11 +197,11 @@ func (s *Store) commitAdopted() {
 		e := s.live.load(c)
 		if s.differs(change{chunk: c, entry: e}) {
 			s.committed[c].Store(uint64(e))
-			s.table.touch(c)
+			s.table.touch(int64(c) / pageWords)
 		}
 	}
 	for n := range gone {
-		for c := n * pageEntries; c < min((n+1)*pageEntries, s.geo.Chunks()); c++ {
+		for c := n * pageWords; c < min((n+1)*pageWords, s.geo.Chunks()); c++ {
 			if s.live.area.Reserved(areaHead + c*8) {
 				set(block.Chunk(c))
 			}
@@ -220,8 +222,7 @@ func (s *Store) putInPlace(o *overlay) error {
 		return int((int64(a.chunk)-int64(b.chunk))*block.BlocksPerChunk) + int(a.block) - int(b.block)
 	})
 	for _, k := range keys {
-		e := s.live.load(k.chunk)
-		at := s.SlotOffset(e) + int64(int(k.block)*s.geo.BlockSize())
+		at, _ := s.Locate(s.live.load(k.chunk), int(k.block))
 		if _, err := s.file.WriteAt(o.blocks[k], at); err != nil {
 			err = fullError(err)
 			if errors.Is(err, ErrFull) {

@@ -164,7 +164,8 @@ type Store struct {
 	live      *live
 	committed words // what a durable record says; the committer's and the checkpoint's
 	comMem    []byte
-	slots     slots
+	slots     space
+	rows      space
 	readers   readers
 	table     tablePages
 	log       logRing
@@ -190,9 +191,6 @@ type Store struct {
 
 	sizeMu sync.Mutex
 	sized  atomic.Int64 // the file's size, or more where it is not set ahead
-
-	holesMu sync.Mutex
-	holes   map[block.Chunk]block.Mask // zeroed blocks of slots that stay owned, to be punched
 
 	stop   chan struct{}
 	ticker sync.WaitGroup
@@ -239,13 +237,14 @@ func (s *Store) Claim(c block.Chunk) { s.live.claim(c) }
 // Release gives up the claim of chunk c.
 func (s *Store) Release(c block.Chunk) { s.live.unclaim(c) }
 
-// SlotOffset returns where in the file the blocks that e stores lie: block b
-// at b block sizes from it.
-func (s *Store) SlotOffset(e Entry) int64 {
-	return s.slotsOff + int64(e.Slot()-1)*int64(s.geo.ChunkSize)
+// Locate returns where in the file block b lies, which e stores, and the end of
+// the run of stored blocks from b on that lie one behind the other.
+func (s *Store) Locate(e Entry, b int) (off int64, end int) {
+	slot, end := s.live.run(e, b)
+	return s.slotOff(slot), end
 }
 
-// InFile reports whether every stored block's bytes are in its slot. Before
+// InFile reports whether every stored block's bytes are in its slot of the file. Before
 // the first change after a crash some may still be in the log alone:
 // ReadStored finds them, who reads the file itself does not.
 func (s *Store) InFile() bool { return s.replayed.Load() == nil && s.broken.Load() == nil }
@@ -260,16 +259,16 @@ func (s *Store) ReadStored(p []byte, c block.Chunk, e Entry, off int) error {
 			return fmt.Errorf("chunk %d, blocks %#x: %w", c, lost, ErrBroken)
 		}
 	}
-	o := s.replayed.Load()
-	if o == nil {
-		return s.readSlot(p, c, e, off)
-	}
-	for len(p) > 0 {
+	for o := s.replayed.Load(); len(p) > 0; {
 		b := off / bs
-		n := min(len(p), (b+1)*bs-off)
+		at, end := s.Locate(e, b)
+		if o != nil {
+			end = b + 1
+		}
+		n := min(len(p), end*bs-off)
 		if data := o.block(c, b); data != nil {
 			copy(p[:n], data[off-b*bs:])
-		} else if err := s.readSlot(p[:n], c, e, off); err != nil {
+		} else if err := s.readFile(p[:n], c, at+int64(off-b*bs)); err != nil {
 			return err
 		}
 		p, off = p[n:], off+n
@@ -277,8 +276,7 @@ func (s *Store) ReadStored(p []byte, c block.Chunk, e Entry, off int) error {
 	return nil
 }
 
-func (s *Store) readSlot(p []byte, c block.Chunk, e Entry, off int) error {
-	at := s.SlotOffset(e) + int64(off)
+func (s *Store) readFile(p []byte, c block.Chunk, at int64) error {
 	n, err := s.file.ReadAt(p, at)
 	if n == len(p) {
 		return nil

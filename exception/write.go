@@ -3,8 +3,6 @@ package exception
 import (
 	"fmt"
 	"math"
-	"math/bits"
-	"slices"
 
 	"github.com/cowdev/cowdev/block"
 )
@@ -20,62 +18,161 @@ const maxOverwrite = 16 << 10
 //
 // When Put returns nil the bytes are seen by every reader, outlive the process
 // (if the memory lasts), and are durable after the next Flush. After an error
-// that wraps ErrFull nothing has changed; after any other, each sector of the
-// range is its old or its new self.
+// each sector of the range is its old or its new self.
 func (s *Store) Put(c block.Chunk, off int, p []byte) error {
 	if err := s.writable(); err != nil {
 		return err
 	}
 	touched, filled := s.geo.Cover(c, off, len(p))
-	e := s.live.load(c)
-	if part := touched &^ filled &^ e.Stored(); part != 0 {
+	if part := touched &^ filled &^ s.live.load(c).Stored(); part != 0 {
 		panic(fmt.Sprintf("exception: part of blocks %#x of chunk %d, which are not stored: %d bytes at %d", part, c, len(p), off))
 	}
-	slot := e.Slot()
-	if slot == 0 {
+	for bs := s.geo.BlockSize(); len(p) > 0; {
+		e, b := s.live.load(c), off/bs
+		var n int
 		var err error
-		if err = s.prepare(c); err != nil {
+		if e.Stored().Has(b) {
+			slot, end := s.live.run(e, b)
+			n = min(len(p), end*bs-off)
+			err = s.putAgain(c, off, p[:n], s.slotOff(slot)+int64(off-b*bs))
+		} else {
+			end, _ := e.Stored().Run(b)
+			n, err = s.putNew(c, b, p[:min(len(p), end*bs-off)])
+		}
+		if err != nil {
 			return err
 		}
-		if slot, err = s.slots.take(); err != nil {
-			return err
+		p, off = p[n:], off+n
+	}
+	return nil
+}
+
+// putAgain writes p, which lies at off of chunk c, over stored blocks whose
+// bytes lie at the offset at.
+func (s *Store) putAgain(c block.Chunk, off int, p []byte, at int64) error {
+	touched, _ := s.geo.Cover(c, off, len(p))
+	if s.overwrite == nil || len(p) > maxOverwrite || !s.overwrite(p, at) {
+		if _, err := s.file.WriteAt(p, at); err != nil {
+			// What was overwritten before the error can be read, so it is
+			// durable after the next Flush, as all that is read.
+			s.live.mark(c, touched)
+			return s.writeError(c, at, err)
 		}
-		s.grow(slot)
-	}
-	at := s.slotsOff + int64(slot-1)*int64(s.geo.ChunkSize) + int64(off)
-	if touched&^e.Stored() == 0 && s.overwrite != nil && len(p) <= maxOverwrite && s.overwrite(p, at) {
-		s.live.mark(c, touched)
-		return nil
-	}
-	if _, err := s.file.WriteAt(p, at); err != nil {
-		// What was overwritten before the error can be read, so it is durable
-		// after the next Flush, as all that is read.
-		s.live.mark(c, touched&e.Stored())
-		if e.Slot() == 0 {
-			// What was written goes with the slot, which is punched before
-			// anybody takes it again.
-			s.slots.drop(slot)
-		}
-		return fmt.Errorf("write chunk %d to the store at %d: %w", c, at, fullError(err))
-	}
-	if n := makeEntry(slot, e.Stored()|touched, e.Zero()&^touched); n != e {
-		s.live.set(c, n)
-		s.grown.Add(1)
 	}
 	s.live.mark(c, touched)
 	return nil
+}
+
+// putNew writes p to new slots for the blocks of chunk c from b on, of which
+// none is stored, and returns how much of p it could: as much as free
+// neighbours hold.
+func (s *Store) putNew(c block.Chunk, b int, p []byte) (int, error) {
+	if err := s.prepare(c); err != nil {
+		return 0, err
+	}
+	bs := s.geo.BlockSize()
+	x, err := s.slots.take(uint32((len(p) + bs - 1) / bs))
+	if err != nil {
+		return 0, err
+	}
+	s.grow(x)
+	p = p[:min(len(p), int(x.n)*bs)]
+	at := s.slotOff(x.first)
+	if _, err = s.file.WriteAt(p, at); err != nil {
+		err = s.writeError(c, at, err)
+	} else {
+		err = s.publish(c, b, x)
+	}
+	if err != nil {
+		s.slots.drop(x) // punched before anybody takes it again
+		return 0, err
+	}
+	return len(p), nil
+}
+
+// publish makes the blocks of chunk c from b on stored in the slots x, which
+// hold their bytes.
+func (s *Store) publish(c block.Chunk, b int, x extent) error {
+	e, m := s.live.load(c), block.Bits(b, int(x.n))
+	home := e.home()
+	old, hasRow := e.row()
+	moved := false
+	switch {
+	case e.Stored() == 0:
+		home = straight(x.first, b)
+	case !hasRow && home == straight(x.first, b):
+	case hasRow && s.live.rowHasNone(old, m):
+		s.setRow(old, b, x)
+	default:
+		row, err := s.newRow()
+		if err != nil {
+			return err
+		}
+		for m := e.Stored(); m != 0; m &= m - 1 {
+			s.live.setRowSlot(row, m.First(), s.live.slot(e, m.First()))
+		}
+		s.setRow(row, b, x)
+		home, moved = homeRow|row, hasRow
+	}
+	s.live.set(c, makeEntry(home, e.Stored()|m, e.Zero()&^m))
+	s.live.mark(c, m)
+	if moved {
+		s.rows.drop(extent{old + 1, 1})
+	}
+	s.grown.Add(1)
+	return nil
+}
+
+// setRow makes the row name the slots x for the blocks from b on.
+func (s *Store) setRow(row uint32, b int, x extent) {
+	for i := range x.n {
+		s.live.setRowSlot(row, b+int(i), x.first+i)
+	}
+}
+
+// newRow returns a row that no entry names and that names no slot.
+func (s *Store) newRow() (uint32, error) {
+	x, err := s.rows.take(1)
+	if err != nil {
+		return 0, err
+	}
+	row := x.first - 1
+	if err = s.live.reserveRow(row); err != nil {
+		err = fmt.Errorf("%w: memory for the live table: %v", ErrFull, err)
+	} else if err = s.table.allocate(s.file, s.rowPage(row)); err != nil {
+		err = fmt.Errorf("make room for row %d in the table: %w", row, fullError(err))
+	}
+	if err != nil {
+		s.rows.add([]extent{x})
+		return 0, err
+	}
+	s.live.clearRow(row)
+	return row, nil
+}
+
+// rowPage returns the number of the table's page that holds a row.
+func (s *Store) rowPage(row uint32) int64 {
+	return (s.live.rowsAt + int64(row)*rowWords) / pageWords
+}
+
+func (s *Store) slotOff(slot uint32) int64 {
+	return s.slotsOff + int64(slot-1)*int64(s.geo.BlockSize())
+}
+
+func (s *Store) writeError(c block.Chunk, at int64, err error) error {
+	return fmt.Errorf("write chunk %d to the store at %d: %w", c, at, fullError(err))
 }
 
 // growBy is how far ahead of need the file's size is set, in bytes: a sync
 // after a write that changed the size writes the inode too.
 const growBy = 16 << 20
 
-// grow sets the file's size ahead of slot, which was just taken and is not
-// written yet. Every write so far lies below the size that it sets, since a
-// slot beyond came through here first. Where the size cannot be set, writes
+// grow sets the file's size ahead of the slots x, which were just taken and are
+// not written yet. Every write so far lies below the size that it sets, since
+// a slot beyond came through here first. Where the size cannot be set, writes
 // change it as they come.
-func (s *Store) grow(slot uint32) {
-	end := s.slotsOff + int64(slot)*int64(s.geo.ChunkSize)
+func (s *Store) grow(x extent) {
+	end := s.slotOff(x.end())
 	if end <= s.sized.Load() {
 		return
 	}
@@ -114,7 +211,7 @@ func (s *Store) replace(c block.Chunk, m, zero block.Mask) error {
 	}
 	m &= s.geo.Blocks(c)
 	e := s.live.load(c)
-	n := makeEntry(e.Slot(), e.Stored()&^m, e.Zero()&^m|zero&m)
+	n := makeEntry(e.home(), e.Stored()&^m, e.Zero()&^m|zero&m)
 	if n == e {
 		return nil
 	}
@@ -124,15 +221,21 @@ func (s *Store) replace(c block.Chunk, m, zero block.Mask) error {
 		}
 	}
 	s.live.set(c, n)
-	// The mark comes before the slot is given up, so that a commit which
-	// finds the slot given up finds the chunk too.
+	// The mark comes before the slots are given up, so that a commit which
+	// finds a slot given up finds the chunk too.
 	s.live.mark(c, 0)
-	switch gone := e.Stored() & m; {
-	case gone == 0:
-	case n.Slot() == 0:
-		s.slots.drop(e.Slot())
-	default:
-		s.noteHoles(c, gone)
+	for b := 0; b < block.BlocksPerChunk; {
+		end, set := (e.Stored() & m).Run(b)
+		for set && b < end {
+			slot, stop := s.live.run(e, b)
+			stop = min(stop, end)
+			s.slots.drop(extent{slot, uint32(stop - b)})
+			b = stop
+		}
+		b = end
+	}
+	if row, ok := e.row(); ok && n.Stored() == 0 {
+		s.rows.drop(extent{row + 1, 1})
 	}
 	return nil
 }
@@ -155,78 +258,31 @@ func (s *Store) prepare(c block.Chunk) error {
 	if err := s.live.reserve(c); err != nil {
 		return fmt.Errorf("%w: memory for the live table: %v", ErrFull, err)
 	}
-	if err := s.table.allocate(s.file, int64(c)/pageEntries); err != nil {
+	if err := s.table.allocate(s.file, int64(c)/pageWords); err != nil {
 		return fmt.Errorf("make room for chunk %d in the table: %w", c, fullError(err))
 	}
 	return nil
 }
 
-// noteHoles remembers zeroed blocks of a slot that stays owned.
-func (s *Store) noteHoles(c block.Chunk, m block.Mask) {
-	s.holesMu.Lock()
-	defer s.holesMu.Unlock()
-	if s.holes == nil {
-		s.holes = make(map[block.Chunk]block.Mask)
-	}
-	s.holes[c] |= m
-}
-
 // harvest gives back the space of what no durable record names and no reader
 // sees (5). Only a committer calls it.
 func (s *Store) harvest() {
-	drained := s.slots.takeDrained(s.readers.oldest())
-	slices.Sort(drained)
+	oldest := s.readers.oldest()
+	drained := s.slots.takeDrained(oldest)
 	s.punchSlots(drained)
 	s.slots.add(drained)
-	s.punchHoles()
+	s.rows.add(s.rows.takeDrained(oldest))
 }
 
-// punchSlots gives back the space of slots, neighbours together.
-func (s *Store) punchSlots(slots []uint32) {
-	size := int64(s.geo.ChunkSize)
-	for len(slots) > 0 {
-		n := 1
-		for n < len(slots) && slots[n] == slots[n-1]+1 {
-			n++
-		}
-		s.punch(s.slotsOff+int64(slots[0]-1)*size, int64(n)*size)
-		slots = slots[n:]
+// punchSlots gives back the space of slots.
+func (s *Store) punchSlots(slots []extent) {
+	for _, x := range slots {
+		s.punch(s.slotOff(x.first), int64(x.n)*int64(s.geo.BlockSize()))
 	}
 }
 
 func (s *Store) punch(off, n int64) {
 	if err := s.file.PunchHole(off, n); err != nil {
 		s.logf("give back %d bytes of the store at %d: %v; they stay taken", n, off, err)
-	}
-}
-
-// punchHoles punches the blocks that became zero in slots which stay owned. It
-// takes the claim and looks again, at the live and the committed entry (R20).
-func (s *Store) punchHoles() {
-	s.holesMu.Lock()
-	holes := s.holes
-	s.holes = nil
-	s.holesMu.Unlock()
-	bs := s.geo.BlockSize()
-	for c, m := range holes {
-		s.Claim(c)
-		e, durable := s.live.load(c), Entry(s.committed[c].Load())
-		m &^= e.Stored()
-		if e.Slot() != 0 && m != 0 {
-			if wait := m & durable.Stored(); wait != 0 || durable.Slot() != e.Slot() {
-				s.noteHoles(c, m)
-				m = 0
-			}
-			for b := 0; m>>b != 0; {
-				b += bits.TrailingZeros16(uint16(m >> b))
-				end, _ := m.Run(b)
-				s.punch(s.SlotOffset(e)+int64(b*bs), int64((end-b)*bs))
-				b = end
-				if b >= block.BlocksPerChunk {
-					break
-				}
-			}
-		}
-		s.Release(c)
 	}
 }

@@ -1,0 +1,217 @@
+package exception
+
+import (
+	"cmp"
+	"fmt"
+	"slices"
+	"sync"
+	"sync/atomic"
+)
+
+// A space hands out numbers from 1: slots, or rows counted from 1. Taken ones
+// are known by the entries alone. What is dropped goes through three lists, and
+// nobody takes it before the end (R19): pending, until a commit that no longer
+// names it is durable; draining, until every reader that might still see it
+// has gone; free.
+type space struct {
+	name string // of what is handed out, plural
+
+	mu       sync.Mutex
+	next     uint32   // never used before
+	limit    uint32   // there is no room from here on
+	free     []extent // in order, never neighbours
+	pending  []extent
+	draining []drain
+}
+
+// An extent is n numbers from first on.
+type extent struct{ first, n uint32 }
+
+func (e extent) end() uint32 { return e.first + e.n }
+
+// drain is a batch of extents, waiting for the readers of before an epoch.
+type drain struct {
+	epoch   uint64
+	extents []extent
+}
+
+// maxLook is how many free extents are looked at for one that is long enough.
+const maxLook = 16
+
+// take returns up to n neighbours that nobody has and no reader sees, or
+// ErrFull: the lowest, but rather n at another place than fewer.
+func (s *space) take(n uint32) (extent, error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for i := range min(len(s.free), maxLook) {
+		if s.free[i].n >= n {
+			return s.cut(i, n), nil
+		}
+	}
+	if left := s.limit - s.next; left >= n || left > 0 && len(s.free) == 0 {
+		x := extent{s.next, min(n, left)}
+		s.next = x.end()
+		return x, nil
+	}
+	if len(s.free) > 0 {
+		return s.cut(0, s.free[0].n), nil
+	}
+	return extent{}, fmt.Errorf("%w: all %d %s are taken", ErrFull, s.limit-1, s.name)
+}
+
+// cut takes n from the beginning of the free extent i.
+func (s *space) cut(i int, n uint32) extent {
+	x := &s.free[i]
+	got := extent{x.first, n}
+	x.first, x.n = x.first+n, x.n-n
+	switch {
+	case x.n > 0:
+	case i == 0:
+		s.free = s.free[1:]
+	default:
+		s.free = slices.Delete(s.free, i, i+1)
+	}
+	return got
+}
+
+// drop gives up what the live table no longer names.
+func (s *space) drop(x extent) {
+	s.mu.Lock()
+	if n := len(s.pending); n > 0 && s.pending[n-1].end() == x.first {
+		s.pending[n-1].n += x.n
+	} else {
+		s.pending = append(s.pending, x)
+	}
+	s.mu.Unlock()
+}
+
+// takePending returns what was dropped so far. Entries that are loaded after
+// it do not name it.
+func (s *space) takePending() []extent {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	p := s.pending
+	s.pending = nil
+	return p
+}
+
+// drainAfter takes what no durable record names any more.
+func (s *space) drainAfter(epoch uint64, x []extent) {
+	if len(x) == 0 {
+		return
+	}
+	s.mu.Lock()
+	s.draining = append(s.draining, drain{epoch, x})
+	s.mu.Unlock()
+}
+
+// takeDrained returns, in order and joined, what has no readers any more:
+// nobody reads from before epoch.
+func (s *space) takeDrained(epoch uint64) []extent {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var done []extent
+	for len(s.draining) > 0 && s.draining[0].epoch <= epoch {
+		done = append(done, s.draining[0].extents...)
+		s.draining = s.draining[1:]
+	}
+	return joined(done)
+}
+
+// waiting reports whether something waits to become free.
+func (s *space) waiting() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return len(s.pending)+len(s.draining) > 0
+}
+
+// add makes extents free.
+func (s *space) add(free []extent) {
+	if len(free) == 0 {
+		return
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.free = joined(append(s.free, free...))
+}
+
+// joined sorts extents and makes neighbours one.
+func joined(x []extent) []extent {
+	slices.SortFunc(x, func(a, b extent) int { return cmp.Compare(a.first, b.first) })
+	out := x[:0]
+	for _, e := range x {
+		if n := len(out); n > 0 && out[n-1].end() == e.first {
+			out[n-1].n += e.n
+		} else {
+			out = append(out, e)
+		}
+	}
+	return out
+}
+
+// readers knows who may still look at slots.
+type readers struct {
+	epoch atomic.Uint64 // raised when slots begin to drain; begins at 1
+	mu    sync.Mutex
+	all   map[*Pin]struct{}
+	spare []*Pin
+}
+
+// A Pin keeps slots and rows from being given to another chunk while somebody reads
+// them. Between Enter and Leave the bytes of every slot that an entry named
+// are those of its chunk. It is used by one goroutine at a time.
+type Pin struct {
+	at atomic.Uint64 // the epoch it entered in, 0 outside
+	r  *readers
+	_  [40]byte // apart from others in the cache
+}
+
+// Pin returns a new pin.
+func (s *Store) Pin() *Pin { return s.readers.get() }
+
+func (r *readers) get() *Pin {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if n := len(r.spare); n > 0 {
+		p := r.spare[n-1]
+		r.spare = r.spare[:n-1]
+		return p
+	}
+	p := &Pin{r: r}
+	if r.all == nil {
+		r.all = make(map[*Pin]struct{})
+	}
+	r.all[p] = struct{}{}
+	return p
+}
+
+// Close gives the pin back. It has been left.
+func (p *Pin) Close() {
+	p.at.Store(0)
+	p.r.mu.Lock()
+	p.r.spare = append(p.r.spare, p)
+	p.r.mu.Unlock()
+}
+
+// Enter begins to hold. An entry is loaded after it.
+func (p *Pin) Enter() { p.at.Store(p.r.epoch.Load()) }
+
+// Leave ends to hold.
+func (p *Pin) Leave() { p.at.Store(0) }
+
+// advance begins a new epoch and returns it: who enters from now on sees the
+// entries as they are now.
+func (r *readers) advance() uint64 { return r.epoch.Add(1) }
+
+// oldest returns the earliest epoch that somebody is in, or the present one.
+func (r *readers) oldest() uint64 {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	old := r.epoch.Load()
+	for p := range r.all {
+		if at := p.at.Load(); at != 0 && at < old {
+			old = at
+		}
+	}
+	return old
+}
