@@ -170,16 +170,18 @@ func (c *checker) log() error {
 		if r.flags&flagBarrier != 0 {
 			c.inline.clear()
 		}
-		data, slots := r.data, r.slots
+		data := r.data
 		for _, n := range r.runs {
 			for i := range n.count {
 				c.entries[n.chunk+block.Chunk(i)] = n.entry
 			}
 			data = c.inline.add(n, data)
-			for m := n.named; m != 0; m &= m - 1 {
-				c.name(n.entry, m.First(), slots[0])
-				slots = slots[1:]
-			}
+		}
+	}
+	for r, slots := range names(records, func(chunk block.Chunk) Entry { return c.entries[chunk] }) {
+		for m := r.named; m != 0; m &= m - 1 {
+			c.name(r.entry, m.First(), slots[0])
+			slots = slots[1:]
 		}
 	}
 	return nil

@@ -363,7 +363,7 @@ func (ld *loader) rows(q []byte, n int64) error {
 	live := ld.s.live
 	words := min(sectorWords, live.rowsAt+int64(len(live.rows))-n)
 	if words <= 0 {
-		return fmt.Errorf("%w: word %d of the table, it has %d", ErrCorrupt, n, live.rowsAt+int64(len(live.rows)))
+		return nil // the rest of the table's last page
 	}
 	if ld.s.adopted { // what is in memory is newer
 		for i := range words {
@@ -412,7 +412,7 @@ func (ld *loader) log() error {
 		if r.flags&flagBarrier != 0 {
 			o.clear()
 		}
-		data, slots := r.data, r.slots
+		data := r.data
 		for _, n := range r.runs {
 			for i := range n.count {
 				c := n.chunk + block.Chunk(i)
@@ -420,14 +420,16 @@ func (ld *loader) log() error {
 				s.table.dirty[int64(c)/pageWords] = true
 			}
 			data = o.add(n, data)
-			if slots, err = ld.name(n, slots); err != nil {
-				return err
-			}
 		}
 	}
 	s.log.head = next
 	if s.adopted {
 		return nil // the page cache is newer than any record (R4)
+	}
+	for r, slots := range names(records, func(c block.Chunk) Entry { return Entry(ld.into[c]) }) {
+		if err := ld.name(r, slots); err != nil {
+			return err
+		}
 	}
 	o.keep(func(c block.Chunk) block.Mask { return Entry(ld.into[c]).Stored() })
 	if o.len() > 0 {
@@ -436,25 +438,36 @@ func (ld *loader) log() error {
 	return nil
 }
 
-// name makes the row of n name slots for the blocks that n names, and returns
-// the rest of the slots.
-func (ld *loader) name(n run, slots []uint32) ([]uint32, error) {
-	row, ok := n.entry.row()
-	if !ok || n.named == 0 {
-		return slots, nil
+// names yields the runs that name slots, with those slots, whose chunk has the
+// row in its final entry. What others say of a row may be older than what the
+// table says of it: it was given to another chunk since.
+func names(records []*record, final func(block.Chunk) Entry) iter.Seq2[run, []uint32] {
+	return func(yield func(run, []uint32) bool) {
+		for _, r := range records {
+			slots := r.slots
+			for _, n := range r.runs {
+				k := n.named.Count()
+				if k > 0 && final(n.chunk).home() == n.entry.home() && !yield(n, slots[:k]) {
+					return
+				}
+				slots = slots[k:]
+			}
+		}
 	}
+}
+
+// name makes the row of r name the slots for the blocks that r names.
+func (ld *loader) name(r run, slots []uint32) error {
+	row, _ := r.entry.row()
 	ld.s.table.dirty[ld.s.rowPage(row)] = true
-	if ld.s.adopted { // what is in memory is newer
-		return slots[n.named.Count():], nil
-	}
 	if err := ld.s.live.reserveRow(row); err != nil {
-		return nil, fmt.Errorf("memory for the live table: %w", err)
+		return fmt.Errorf("memory for the live table: %w", err)
 	}
-	for m := n.named; m != 0; m &= m - 1 {
+	for m := r.named; m != 0; m &= m - 1 {
 		ld.s.live.changeRowSlot(row, m.First(), slots[0])
 		slots = slots[1:]
 	}
-	return slots, nil
+	return nil
 }
 
 // readLog returns the log's bytes.

@@ -176,8 +176,19 @@ func (s *Store) recover() error {
 			return fullError(err)
 		}
 	}
-	if err := s.writeTable(pages); err != nil {
-		return err
+	// The entries of a dead process are in no record: what they say of rows is
+	// durable before them.
+	rows := make(map[int64]bool)
+	for n := range pages {
+		if n >= s.live.rowsAt/pageWords {
+			rows[n] = true
+			delete(pages, n)
+		}
+	}
+	for _, pages := range []map[int64]bool{rows, pages} {
+		if err := s.writeTable(pages); err != nil {
+			return err
+		}
 	}
 	s.replayed.Store(nil)
 	return nil
