@@ -84,6 +84,23 @@ type Device interface {
 	ReadOnly() bool
 }
 
+// A Write is one of several that a device does together. Err says how it went,
+// as WriteAt would.
+type Write struct {
+	Data []byte
+	Off  int64
+	Err  error
+}
+
+// A BatchWriter is a Device for which several short writes together cost less
+// than one by one.
+type BatchWriter interface {
+	Device
+	// WriteBatch does all of w, in any order where they do not overlap, as
+	// WriteAt would.
+	WriteBatch(w []Write)
+}
+
 // A Sessioner is a Device that can hand out the memory its bytes lie in.
 type Sessioner interface {
 	Device

@@ -65,6 +65,7 @@ type Device struct {
 	opts     Options
 	zeros    []byte // a chunk of them
 	buffers  sync.Pool
+	batches  sync.Pool // of exception.Batch
 
 	parked  atomic.Int64  // writes that wait for room
 	full    atomic.Bool   // the last change that needed room found none
@@ -85,6 +86,7 @@ func New(origin Origin, s *exception.Store, o Options) *Device {
 		b := make([]byte, d.ChunkSize)
 		return &b
 	}
+	d.batches.New = func() any { return s.NewBatch() }
 	if o.View != nil {
 		s.OverwriteBy(o.View.Overwrite)
 	}

@@ -34,6 +34,55 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
+// WriteBatch implements block.BatchWriter. Whole blocks that go to chunks which
+// nobody else is changing are gathered; all else is done by WriteAt.
+func (d *Device) WriteBatch(w []block.Write) {
+	b := d.batches.Get().(*exception.Batch)
+	defer d.batches.Put(b)
+	first := 0 // of those that the batch has taken
+	for i := range w {
+		if d.gather(b, &w[i]) {
+			continue
+		}
+		d.writeGathered(b, w[first:i])
+		first = i
+		if !d.gather(b, &w[i]) {
+			d.writeOne(&w[i])
+			first++
+		}
+	}
+	d.writeGathered(b, w[first:])
+}
+
+// gather adds w to the batch, if it can be.
+func (d *Device) gather(b *exception.Batch, w *block.Write) bool {
+	n := len(w.Data)
+	if n == 0 || d.full.Load() || d.mayChange(w.Off, int64(n)) != nil {
+		return false
+	}
+	s := d.SpanAt(w.Off, int64(n), 0)
+	if s.N < n {
+		return false
+	}
+	if _, filled := d.Cover(s.Chunk, s.Off, n); !d.opts.KeepZeroes && d.zeroBlocks(s.Off, w.Data, filled) != 0 {
+		return false
+	}
+	return b.Add(s.Chunk, s.Off, w.Data)
+}
+
+// writeGathered does what the batch holds, of w, and one by one what it fails
+// to do.
+func (d *Device) writeGathered(b *exception.Batch, w []block.Write) {
+	if b.Write() == nil {
+		return
+	}
+	for i := range w {
+		d.writeOne(&w[i])
+	}
+}
+
+func (d *Device) writeOne(w *block.Write) { _, w.Err = d.WriteAt(w.Data, w.Off) }
+
 // roomAgain ends the device counting as full, once the store has grown since.
 func (d *Device) roomAgain() {
 	if d.store.Grown() != d.fullAt.Load() && d.full.Swap(false) {

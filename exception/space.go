@@ -38,9 +38,10 @@ type drain struct {
 // maxLook is how many free extents are looked at for one that is long enough.
 const maxLook = 16
 
-// take returns up to n neighbours that nobody has and no reader sees, or
-// ErrFull: the lowest, but rather n at another place than fewer.
-func (s *space) take(n uint32) (extent, error) {
+// take returns n neighbours, or at least as many as least, that nobody has and
+// no reader sees, or ErrFull: the lowest, but rather n at another place than
+// fewer.
+func (s *space) take(n, least uint32) (extent, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	for i := range min(len(s.free), maxLook) {
@@ -48,15 +49,17 @@ func (s *space) take(n uint32) (extent, error) {
 			return s.cut(i, n), nil
 		}
 	}
-	if left := s.limit - s.next; left >= n || left > 0 && len(s.free) == 0 {
-		x := extent{s.next, min(n, left)}
-		s.next = x.end()
-		return x, nil
-	}
-	if len(s.free) > 0 {
+	left := s.limit - s.next
+	switch {
+	case left >= n:
+	case len(s.free) > 0 && s.free[0].n >= least:
 		return s.cut(0, s.free[0].n), nil
+	case left < least:
+		return extent{}, fmt.Errorf("%w: all %d %s are taken", ErrFull, s.limit-1, s.name)
 	}
-	return extent{}, fmt.Errorf("%w: all %d %s are taken", ErrFull, s.limit-1, s.name)
+	x := extent{s.next, min(n, left)}
+	s.next = x.end()
+	return x, nil
 }
 
 // cut takes n from the beginning of the free extent i.

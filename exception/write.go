@@ -71,7 +71,7 @@ func (s *Store) putNew(c block.Chunk, b int, p []byte) (int, error) {
 		return 0, err
 	}
 	bs := s.geo.BlockSize()
-	x, err := s.slots.take(uint32((len(p) + bs - 1) / bs))
+	x, err := s.slots.take(uint32((len(p)+bs-1)/bs), 1)
 	if err != nil {
 		return 0, err
 	}
@@ -132,7 +132,7 @@ func (s *Store) setRow(row uint32, b int, x extent) {
 
 // newRow returns a row that no entry names and that names no slot.
 func (s *Store) newRow() (uint32, error) {
-	x, err := s.rows.take(1)
+	x, err := s.rows.take(1, 1)
 	if err != nil {
 		return 0, err
 	}

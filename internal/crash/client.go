@@ -40,8 +40,10 @@ func (w *world) over() (over bool) {
 // one does one thing.
 func (c *client) one() {
 	switch k := c.rng.IntN(100); {
-	case k < 40:
+	case k < 30:
 		c.change("write", c.write)
+	case k < 40:
+		c.batch()
 	case k < 50:
 		c.change("trim", c.trim)
 	case k < 56: // a slot is given up
@@ -91,8 +93,34 @@ func (c *client) change(what string, do func(p []byte, off int64) error) {
 
 // changeAt does one change with what the oracle must know of it.
 func (c *client) changeAt(what string, do func(p []byte, off int64) error, off, n int64) {
+	p, off, ch := c.begin(what, off, n)
+	if ch == nil {
+		return
+	}
+	c.end(what, p, off, ch, do(p, off))
+}
+
+// batch does several writes at once, of which some may overlap.
+func (c *client) batch() {
+	var writes []block.Write
+	var changes []*Change
+	for range 2 + c.rng.IntN(5) {
+		off, n := c.place()
+		if p, off, ch := c.begin("write", off, n); ch != nil {
+			writes, changes = append(writes, block.Write{Data: p, Off: off}), append(changes, ch)
+		}
+	}
+	c.dev.(block.BatchWriter).WriteBatch(writes)
+	for i, w := range writes {
+		c.end("write", w.Data, w.Off, changes[i], w.Err)
+	}
+}
+
+// begin tells the oracle of a change that begins, and returns what is to be
+// written where; no change if the oracle cannot follow it.
+func (c *client) begin(what string, off, n int64) (p []byte, at int64, ch *Change) {
 	w := c.w
-	p := make([]byte, n)
+	p = make([]byte, n)
 	if what == "write" && c.rng.IntN(16) > 0 {
 		Stamp(p, off, w.nextStamp())
 	}
@@ -105,11 +133,16 @@ func (c *client) changeAt(what string, do func(p []byte, off int64) error, off, 
 			Stamp(p, off, w.nextStamp())
 		}
 		if ch, ok = w.oracle.Write(p, off); !ok {
-			return
+			return nil, 0, nil
 		}
 	}
 	w.note("%d: %s %d+%d %s", c.id, what, off, len(p), Describe(p[:min(len(p), sectorSize)]))
-	err := do(p, off)
+	return p, off, ch
+}
+
+// end tells the oracle how a change went.
+func (c *client) end(what string, p []byte, off int64, ch *Change, err error) {
+	w := c.w
 	ch.Done(err)
 	w.note("%d: %s %d+%d -> %v", c.id, what, off, len(p), err)
 	w.oracle.While(func() {

@@ -11,6 +11,9 @@ type File interface {
 	// begins after it returned.
 	WriteAt(p []byte, off int64) (int, error)
 
+	// WriteVecAt is WriteAt of all pieces of p, one behind the other.
+	WriteVecAt(p [][]byte, off int64) error
+
 	// WriteSync is WriteAt whose bytes are durable when it returns nil. It
 	// says nothing of other writes. After an error the bytes may be there,
 	// wholly, in part or not at all, now or later.

@@ -122,6 +122,34 @@ func (o *OS) ReadAt(p []byte, off int64) (int, error) { return o.f.ReadAt(p, off
 // WriteAt implements File.
 func (o *OS) WriteAt(p []byte, off int64) (int, error) { return o.f.WriteAt(p, off) }
 
+// WriteVecAt implements File. It is one system call for as many pieces as one
+// takes.
+func (o *OS) WriteVecAt(p [][]byte, off int64) error {
+	const most = 1024 // IOV_MAX
+	for len(p) > 0 {
+		n, err := unix.Pwritev(o.fd, p[:min(len(p), most)], off)
+		switch {
+		case err == unix.EINTR:
+			continue
+		case err != nil:
+			return o.fail("write", off, err)
+		case n == 0 && len(p[0]) > 0:
+			return o.fail("write", off, unix.EIO)
+		}
+		off += int64(n)
+		for len(p) > 0 && n >= len(p[0]) {
+			n, p = n-len(p[0]), p[1:]
+		}
+		if n > 0 { // the rest of a piece that was written in part
+			if _, err := o.WriteAt(p[0][n:], off); err != nil {
+				return err
+			}
+			off, p = off+int64(len(p[0])-n), p[1:]
+		}
+	}
+	return nil
+}
+
 // WriteSync implements File by one pwritev2 with RWF_DSYNC where the
 // filesystem knows it, and else by a write and a sync.
 func (o *OS) WriteSync(p []byte, off int64) error {

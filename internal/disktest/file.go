@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"io"
 	"math/rand/v2"
+	"slices"
 	"sync"
 	"syscall"
 
@@ -106,6 +107,12 @@ func (f *File) WriteAt(p []byte, off int64) (int, error) {
 		return 0, err
 	}
 	return f.write(op, fault, p, off)
+}
+
+// WriteVecAt writes all pieces of p, one behind the other.
+func (f *File) WriteVecAt(p [][]byte, off int64) error {
+	_, err := f.WriteAt(slices.Concat(p...), off)
+	return err
 }
 
 // WriteSync writes p and makes it durable. When a fault is injected after all

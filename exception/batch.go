@@ -1,0 +1,99 @@
+package exception
+
+import "github.com/cowdev/cowdev/block"
+
+// maxBatch is how many blocks a Batch writes at once: larger writes make larger
+// folios in the page cache, of which a later short overwrite is dearer.
+const maxBatch = block.BlocksPerChunk
+
+// A Batch gathers short writes of chunks that lie anywhere, whose new blocks
+// then take neighbouring slots and one system call. It is used by one
+// goroutine at a time, which holds no claim and waits for nothing while the
+// batch holds a write.
+type Batch struct {
+	s      *Store
+	writes []gathered
+	vecs   [][]byte
+	blocks int // of writes
+}
+
+type gathered struct {
+	chunk  block.Chunk
+	block  int
+	blocks int
+}
+
+// NewBatch returns an empty batch.
+func (s *Store) NewBatch() *Batch { return &Batch{s: s} }
+
+// Add takes the write of p at off of chunk c, and reports whether it could. It
+// cannot when p is not whole blocks, or somebody else or the batch itself holds
+// the claim, or some of the blocks are stored and some are not, or the batch is
+// full. Blocks that are stored are written at once; p is kept, and the claim
+// of its chunk held, until Write.
+func (b *Batch) Add(c block.Chunk, off int, p []byte) bool {
+	s, bs := b.s, b.s.geo.BlockSize()
+	n := len(p) / bs
+	if n == 0 || off%bs != 0 || len(p)%bs != 0 || b.blocks+n > maxBatch || s.writable() != nil || !s.live.tryClaim(c) {
+		return false
+	}
+	switch m := block.Bits(off/bs, n); s.live.load(c).Stored() & m {
+	case 0:
+		b.writes = append(b.writes, gathered{c, off / bs, n})
+		b.vecs = append(b.vecs, p)
+		b.blocks += n
+		return true
+	case m:
+		err := s.Put(c, off, p)
+		s.Release(c)
+		return err == nil
+	}
+	s.Release(c)
+	return false
+}
+
+// Write does what Add put off. After an error some of it may be undone: each
+// write is to be done again, by Put.
+func (b *Batch) Write() error {
+	if len(b.writes) == 0 {
+		return nil
+	}
+	err := b.write()
+	for _, w := range b.writes {
+		b.s.Release(w.chunk)
+	}
+	clear(b.vecs)
+	b.writes, b.vecs, b.blocks = b.writes[:0], b.vecs[:0], 0
+	return err
+}
+
+func (b *Batch) write() error {
+	s := b.s
+	for _, w := range b.writes {
+		if err := s.prepare(w.chunk); err != nil {
+			return err
+		}
+	}
+	x, err := s.slots.take(uint32(b.blocks), uint32(b.blocks))
+	if err != nil {
+		return err
+	}
+	s.grow(x)
+	at := s.slotOff(x.first)
+	if err = s.file.WriteVecAt(b.vecs, at); err != nil {
+		err = s.writeError(b.writes[0].chunk, at, err)
+	}
+	for _, w := range b.writes {
+		n := uint32(w.blocks)
+		if err == nil {
+			err = s.publish(w.chunk, w.block, extent{x.first, n})
+		}
+		if err == nil {
+			x.first, x.n = x.first+n, x.n-n
+		}
+	}
+	if err != nil {
+		s.slots.drop(x) // punched before anybody takes it again
+	}
+	return err
+}
