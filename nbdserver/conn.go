@@ -47,6 +47,10 @@ type conn struct {
 	view    block.Session // nil where the device has none
 	done    func()        // view.Done
 	viewed  bool          // view was asked since the last done
+
+	batched  block.BatchWriter // the device, if it is one
+	gathered gatherer
+
 	in      input
 	out     output
 	b       *batch       // replies that have not been sent; nil if there are none
@@ -131,6 +135,7 @@ func (c *conn) transmission(agreed session) error {
 		c.done = c.view.Done
 		defer c.view.Close()
 	}
+	c.batched, _ = agreed.export.Device.(block.BatchWriter)
 	c.transmitting.Store(true)
 	if c.stopping.Load() {
 		c.stop()
@@ -163,6 +168,9 @@ func (c *conn) requests() error {
 		err := c.receive()
 		if err == nil {
 			err = c.serveReceived()
+			if settleErr := c.settle(); err == nil || err == errGoodbye && settleErr != nil {
+				err = settleErr
+			}
 		}
 		if flushErr := c.flush(); err == nil || err == errGoodbye && flushErr != nil {
 			err = flushErr
@@ -259,6 +267,12 @@ func (c *conn) serve(r *request, payload uint64) error {
 	f := c.check(r)
 	if c.ending {
 		f = errShuttingDown
+	}
+	if f == nil && c.gathers(r) {
+		return c.gather(r)
+	}
+	if err := c.settle(); err != nil {
+		return err
 	}
 	switch {
 	case f != nil:

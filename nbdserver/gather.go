@@ -1,0 +1,63 @@
+package nbdserver
+
+import (
+	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/internal/nbd"
+)
+
+// What is gathered.
+const (
+	maxGathered  = 64       // WRITEs
+	maxGatherOne = 16 << 10 // bytes of each
+)
+
+// A gatherer holds WRITEs whose payloads lie in the receive buffer, to be done
+// together before anything else is done for the connection, or the buffer
+// changes.
+type gatherer struct {
+	requests []request
+	writes   []block.Write
+}
+
+// gathers reports whether r, a valid request, is to be gathered.
+func (c *conn) gathers(r *request) bool {
+	return c.batched != nil && r.kind == nbd.CmdWrite && r.n > 0 && r.n <= maxGatherOne &&
+		r.flags&nbd.CmdFlagFUA == 0 && !c.mayBlock()
+}
+
+// gather puts off a WRITE whose payload comes next, and lies in the buffer.
+func (c *conn) gather(r *request) error {
+	g := &c.gathered
+	g.requests = append(g.requests, *r)
+	g.writes = append(g.writes, block.Write{Data: c.in.take(int(r.n)), Off: r.off})
+	if len(g.requests) == maxGathered {
+		return c.settle()
+	}
+	return nil
+}
+
+// settle does what was gathered, and answers it.
+func (c *conn) settle() error {
+	g := &c.gathered
+	if len(g.requests) == 0 {
+		return nil
+	}
+	err := c.enter()
+	if err == nil && len(g.writes) == 1 {
+		w := &g.writes[0]
+		_, w.Err = c.export.Device.WriteAt(w.Data, w.Off)
+	} else if err == nil {
+		c.batched.WriteBatch(g.writes)
+	}
+	for i := range g.requests {
+		if err == nil && c.batch().full() {
+			err = c.flush()
+		}
+		if err == nil {
+			err = c.changed(&g.requests[i], g.writes[i].Err)
+		}
+	}
+	clear(g.writes)
+	g.requests, g.writes = g.requests[:0], g.writes[:0]
+	return err
+}
