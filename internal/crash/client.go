@@ -157,7 +157,7 @@ func (c *client) end(what string, p []byte, off int64, ch *Change, err error) {
 		w.began = w.began || err == nil
 		w.violated(w.unexpected(err))
 	})
-	if err != nil && w.cfg.Clients == 1 {
+	if err != nil && w.cfg.Clients == 1 && !w.over() {
 		c.settle(off, int64(len(p)))
 	}
 }
