@@ -76,7 +76,7 @@ var mutants = []mutant{
 		name: "overwrite-not-dirty", breaks: "3a, R2: a block overwritten in place is not marked",
 		file: "exception/write.go", mode: alone,
 		old: "\ts.live.mark(c, touched)\n\treturn nil",
-		new: "\ts.live.mark(c, touched&^e.Stored())\n\treturn nil",
+		new: "\treturn nil",
 	},
 	{
 		name: "forget-the-dead", breaks: "3b, R4: the live table of a dead process is not taken over",
@@ -99,8 +99,8 @@ var mutants = []mutant{
 	{
 		name: "failed-overwrite-not-dirty", breaks: "3a: what a failed overwrite put in place is read, and not flushed",
 		file: "exception/write.go", mode: alone,
-		old: "s.live.mark(c, touched&e.Stored())",
-		new: "s.live.mark(c, 0)",
+		old: "\t\t\ts.live.mark(c, touched)\n",
+		new: "",
 	},
 	{
 		name: "copy-up-from-base", breaks: "4: a zeroed block that is written in part is filled from the base",
@@ -111,14 +111,14 @@ var mutants = []mutant{
 	{
 		name: "slot-freed-at-once", breaks: "5, R19: a dropped slot is taken again before the record without it is durable",
 		file: "exception/write.go", mode: alone, ci: true,
-		old: "\tcase n.Slot() == 0:\n\t\ts.slots.drop(e.Slot())",
-		new: "\tcase n.Slot() == 0:\n\t\ts.slots.add([]uint32{e.Slot()})",
+		old: "s.slots.drop(extent{slot, uint32(stop - b)})",
+		new: "s.slots.add([]extent{{slot, uint32(stop - b)}})",
 	},
 	{
 		name: "slot-freed-under-readers", breaks: "5, R19: a dropped slot is taken again while readers see it",
 		file: "exception/write.go", mode: crowd,
-		old: "s.slots.takeDrained(s.readers.oldest())",
-		new: "s.slots.takeDrained(1 << 62)",
+		old: "oldest := s.readers.oldest()",
+		new: "oldest := uint64(1 << 62)",
 	},
 	{
 		name: "punch-after-free", breaks: "5, R19: a slot is punched after it may have been taken",
@@ -127,10 +127,52 @@ var mutants = []mutant{
 		new: "\ts.slots.add(drained)\n\ts.punchSlots(drained)\n",
 	},
 	{
-		name: "punch-without-looking", breaks: "5, R20: a hole is punched that was written again",
-		file: "exception/write.go", mode: crowd,
-		old: "\t\tm &^= e.Stored()\n",
-		new: "",
+		name: "row-freed-at-once", breaks: "5, R19: a dropped row is taken again before the record without it is durable",
+		file: "exception/write.go", mode: alone,
+		old: "s.rows.drop(extent{row + 1, 1})",
+		new: "s.rows.add([]extent{{row + 1, 1}})",
+	},
+	{
+		name: "left-row-freed-at-once", breaks: "5, R19: the row that a chunk leaves for another is taken again at once",
+		file: "exception/write.go", mode: alone,
+		old: "s.rows.drop(extent{old + 1, 1})",
+		new: "s.rows.add([]extent{{old + 1, 1}})",
+	},
+	{
+		name: "row-changed", breaks: "2: a row comes to name another slot for a block",
+		file: "exception/write.go", mode: alone,
+		old: "hasRow && s.live.rowHasNone(old, m):\n\t\ts.setRow(old, b, x)",
+		new: "hasRow:\n\t\tfor i := range x.n {\n\t\t\ts.live.changeRowSlot(old, b+int(i), x.first+i)\n\t\t}",
+	},
+	{
+		name: "row-named-in-part", breaks: "2: a record names only the new blocks of a row that is new",
+		file: "exception/commit.go", mode: alone, ci: true,
+		old: "if old, ok := was.row(); ok && old == row {",
+		new: "if old, ok := was.row(); ok || old == row {",
+	},
+	{
+		name: "row-not-written", breaks: "R15: the log is freed though the table's rows are old",
+		file: "exception/commit.go", mode: alone,
+		old: "\t\t\ts.table.touch(s.rowPage(row))\n",
+		new: "\t\t\t_ = row\n",
+	},
+	{
+		name: "row-of-another", breaks: "R12: replay believes what a record says of a row that its chunk has no more",
+		file: "exception/load.go", mode: alone,
+		old: "k > 0 && final(n.chunk).home() == n.entry.home() &&",
+		new: "k > 0 &&",
+	},
+	{
+		name: "row-after-entry", breaks: "2: the entries of a dead process are durable before their rows",
+		file: "exception/recover.go", mode: alone,
+		old: "[]map[int64]bool{rows, pages}",
+		new: "[]map[int64]bool{pages, rows}",
+	},
+	{
+		name: "row-from-table", breaks: "3b, R4: the table's rows go over those of a dead process's memory",
+		file: "exception/load.go", mode: alone,
+		old: "\tif ld.s.adopted { // what is in memory is newer\n",
+		new: "\tif false { // what is in memory is newer\n",
 	},
 	{
 		name: "open-believes-the-cache", breaks: "R13: nothing is synced before the recovery's first write",
@@ -171,8 +213,8 @@ var mutants = []mutant{
 	{
 		name: "table-of-live", breaks: "R1: the table is written from what no record says",
 		file: "exception/commit.go", mode: crowd,
-		old: "return Entry(s.committed[c].Load())\n",
-		new: "return s.live.load(block.Chunk(c))\n",
+		old: "return s.committed[n].Load()\n",
+		new: "return s.live.entries[n].Load()\n",
 	},
 	{
 		name: "good-superblock-first", breaks: "R16: the superblock that was believed is written while the other is torn",

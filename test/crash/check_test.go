@@ -69,7 +69,8 @@ func newDamaged(t *testing.T, dir string, closed bool) *damaged {
 	if err := dev.Trim(2*checkChunk, checkChunk); err != nil {
 		t.Fatal(err)
 	}
-	d.uuid, d.slot = s.Header().UUID, s.SlotOffset(exception.Entry(1))
+	d.uuid = s.Header().UUID
+	d.slot, _ = s.Locate(s.Entry(0), 0)
 	d.log = d.slot - checkLog
 	end := s.Close
 	if !closed {
@@ -153,7 +154,12 @@ func (d *damaged) check(args ...string) (int, string) {
 }
 
 func TestCheckNamesDamage(t *testing.T) {
+	// Chunk 0 has the slots 1 to 16, chunk 1 has 17, 18 and 19, by row 0.
 	stored := func(b int) uint64 { return 1 << (32 + b) }
+	const row = 1 << 31
+	straight := func(slot uint64) func(e uint64) uint64 { // block 0 has it, and so on
+		return func(e uint64) uint64 { return e&^0xffffffff | (slot + 15) }
+	}
 	for _, test := range []struct {
 		name    string
 		crashed bool // not closed in order
@@ -169,16 +175,24 @@ func TestCheckNamesDamage(t *testing.T) {
 		{name: "superblock B", damage: func(d *damaged) { d.flip(64<<10 + 80) },
 			status: statusProblem, says: "superblock at 65536", repair: "copy the other superblock over it"},
 		{name: "table sector", damage: func(d *damaged) { d.flip(tableAt + 9) },
-			status: statusDamage, says: "table sector 0"},
-		{name: "two chunks with one slot", damage: func(d *damaged) {
-			d.entry(1, func(e uint64) uint64 { return e&^0xffffffff | 1 })
-		}, status: statusDamage, says: "chunks 0 and 1 both have slot 1"},
-		{name: "slot past the end", damage: func(d *damaged) {
-			d.entry(1, func(e uint64) uint64 { return e&^0xffffffff | 7 })
-		}, status: statusDamage, says: "of slot 7 lies behind the file's end"},
-		{name: "stored in a hole", damage: func(d *damaged) {
+			status: statusDamage, says: "table sector 0: checksum (chunks 0 to 62)"},
+		{name: "table sector of rows", damage: func(d *damaged) { d.flip(tableAt + 4096 + 9) },
+			status: statusDamage, says: "table sector 8: checksum (rows 0 to 7)"},
+		{name: "two chunks with one slot", damage: func(d *damaged) { d.entry(1, straight(2)) },
+			status: statusDamage, says: "block 1 of chunk 0 and block 0 of chunk 1 both have slot 2"},
+		{name: "two chunks with one row", damage: func(d *damaged) {
+			d.entry(2, func(uint64) uint64 { return stored(3) | row })
+		}, status: statusDamage, says: "chunks 1 and 2 both have row 0"},
+		{name: "row past the end", damage: func(d *damaged) {
+			d.entry(1, func(e uint64) uint64 { return e | 4000 })
+		}, status: statusDamage, says: "chunk 1: row 4000"},
+		{name: "slot past the end", damage: func(d *damaged) { d.entry(1, straight(1000)) },
+			status: statusDamage, says: "in slot 1000 lies behind the file's end"},
+		{name: "stored in a hole", damage: func(d *damaged) { d.entry(1, straight(30)) },
+			status: statusDamage, says: "chunk 1: block 0 is stored in slot 30, but the file has a hole there"},
+		{name: "stored without a slot", damage: func(d *damaged) {
 			d.entry(1, func(e uint64) uint64 { return e | stored(6) })
-		}, status: statusDamage, says: "chunk 1: block 6 is stored in slot 2, but the file has a hole there"},
+		}, status: statusDamage, says: "chunk 1: slot 0"},
 		{name: "stored and zero", damage: func(d *damaged) {
 			d.entry(1, func(e uint64) uint64 { return e | 1<<48 })
 		}, status: statusDamage, says: "table sector 0"},
