@@ -17,8 +17,7 @@ const (
 	DefaultChunkSize = 64 << 10
 )
 
-// MaxChunks bounds the chunks of a device, so that a chunk number and a slot
-// number each fit 32 bits.
+// MaxChunks bounds the chunks of a device, so that a chunk number fits 32 bits.
 const MaxChunks = 1<<32 - 2
 
 // A Chunk is the number of a chunk: 0 holds the device's first bytes.

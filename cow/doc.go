@@ -2,10 +2,12 @@
 // the base image, seen through an exception store that takes every change.
 //
 // A read looks at each chunk's entry and takes each run of blocks from the
-// slot, from nowhere (zeros) or from the origin. A write goes to the chunk's
-// slot; blocks that it covers in part and that are not stored yet are filled
-// up from the origin first (copy-up), so that a write aligned to blocks copies
-// nothing. A block written as zeros is recorded, not stored.
+// store, from nowhere (zeros) or from the origin. A write goes over the blocks
+// that are stored, each in its slot, and takes new slots for the others, which
+// lie one behind the other wherever the blocks do; blocks that it covers in part
+// and that are not stored yet are filled up from the origin first (copy-up), so
+// that a write aligned to blocks copies nothing. A block written as zeros is
+// recorded, not stored.
 //
 // # Concurrency
 //
@@ -13,8 +15,10 @@
 // loaded until the bytes are done with, so that a slot that is given up
 // meanwhile keeps its bytes (5). A write, trim or zero holds the claim of one
 // chunk at a time, across its I/O; it waits for nothing while it holds one, so
-// chunks never wait for each other, and there is no lock order to keep. A
-// request over several chunks is not atomic, as none is on a disk: each sector
+// chunks never wait for each other, and there is no lock order to keep.
+// WriteBatch holds the claims of several chunks, but only such as nobody had,
+// and gives them up before it does anything that may wait for a claim or for
+// room. A request over several chunks is not atomic, as none is on a disk: each sector
 // is old or new (4).
 //
 // A write that finds the store full holds nothing while it waits (R23): one

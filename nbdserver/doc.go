@@ -19,6 +19,12 @@
 // block.Sessioner and the connection a socket, the data of a READ is not
 // copied: the vectors point to where it lies. Nothing is allocated per request.
 //
+// Where the device is a block.BatchWriter, WRITEs of at most 16 KiB that come
+// one after another, without FUA, are gathered, up to 64 of them, while their
+// payloads lie in the receive buffer. They are done together and answered
+// before any other request of the connection is served, and before more is
+// read.
+//
 // What may take long goes to a worker (job) and is answered when it is done,
 // out of order, as NBD allows: a READ of more than 1 MiB, or of bytes that are
 // not known to be in memory unless it is small and alone; a change with FUA

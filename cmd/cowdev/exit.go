@@ -28,7 +28,7 @@ const (
 	exitLocked      = 4 // in use by another process
 	exitInterrupted = 5 // can be resumed by running it again
 	exitWrongBase   = 6
-	exitNotStore    = 7 // or of a newer version
+	exitNotStore    = 7 // or of another version
 	exitDamaged     = 8
 	exitNoSpace     = 9
 	exitRepaired    = 10
