@@ -1,6 +1,9 @@
 package block
 
-import "fmt"
+import (
+	"errors"
+	"fmt"
+)
 
 // State says where a run of bytes comes from.
 type State uint8
@@ -92,12 +95,16 @@ type Write struct {
 	Err  error
 }
 
+// ErrAlone says that a write of a batch was left to be done by WriteAt, since it
+// may have to wait for long, as for room on a full disk.
+var ErrAlone = errors.New("a write to be done by itself")
+
 // A BatchWriter is a Device for which several short writes together cost less
 // than one by one.
 type BatchWriter interface {
 	Device
-	// WriteBatch does all of w, in any order where they do not overlap, as
-	// WriteAt would.
+	// WriteBatch does all of w as WriteAt would, in any order where they do
+	// not overlap, but those whose Err is ErrAlone afterwards.
 	WriteBatch(w []Write)
 }
 

@@ -57,15 +57,15 @@ type Options struct {
 // block.Sessioner.
 type Device struct {
 	block.Geometry
-	origin   Origin
-	view     viewer
-	extents  extenter
-	prefetch prefetcher
-	store    *exception.Store
-	opts     Options
-	zeros    []byte // a chunk of them
-	buffers  sync.Pool
-	batches  sync.Pool // of exception.Batch
+	origin    Origin
+	view      viewer
+	extents   extenter
+	prefetch  prefetcher
+	store     *exception.Store
+	opts      Options
+	zeros     []byte // a chunk of them
+	buffers   sync.Pool
+	gatherers sync.Pool
 
 	parked  atomic.Int64  // writes that wait for room
 	full    atomic.Bool   // the last change that needed room found none
@@ -86,7 +86,7 @@ func New(origin Origin, s *exception.Store, o Options) *Device {
 		b := make([]byte, d.ChunkSize)
 		return &b
 	}
-	d.batches.New = func() any { return s.NewBatch() }
+	d.gatherers.New = func() any { return &gatherer{batch: s.NewBatch()} }
 	if o.View != nil {
 		s.OverwriteBy(o.View.Overwrite)
 	}

@@ -100,6 +100,8 @@ func walk(t *testing.T, seed uint64) {
 		}
 		var err error
 		switch k := rng.IntN(20); {
+		case k < 3:
+			err = writeBatch(d, rng, want)
 		case k < 9:
 			p := make([]byte, n)
 			if rng.IntN(6) > 0 {
@@ -152,4 +154,26 @@ func walk(t *testing.T, seed uint64) {
 	file = file.Crash(rng)
 	d = open()
 	check("after a power cut")
+}
+
+// writeBatch does some writes at once, of which some may overlap, and some are
+// of zeros.
+func writeBatch(d *cow.Device, rng *rand.Rand, want []byte) error {
+	w := make([]block.Write, 1+rng.IntN(12))
+	for i := range w {
+		off := rng.IntN(len(want)) / 512 * 512
+		n := min(512*(1+rng.IntN(4)), len(want)-off)
+		if rng.IntN(8) == 0 {
+			n = min(n, 100)
+		}
+		w[i] = block.Write{Data: bytes.Repeat([]byte{byte(rng.IntN(5))}, n), Off: int64(off)}
+		copy(want[off:], w[i].Data)
+	}
+	d.WriteBatch(w)
+	for i := range w {
+		if w[i].Err != nil {
+			return w[i].Err
+		}
+	}
+	return nil
 }

@@ -37,25 +37,28 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 // WriteBatch implements block.BatchWriter. Whole blocks that go to chunks which
 // nobody else is changing are gathered; all else is done by WriteAt.
 func (d *Device) WriteBatch(w []block.Write) {
-	b := d.batches.Get().(*exception.Batch)
-	defer d.batches.Put(b)
-	first := 0 // of those that the batch has taken
+	g := d.gatherers.Get().(*gatherer)
+	defer d.gatherers.Put(g)
 	for i := range w {
-		if d.gather(b, &w[i]) {
+		if d.gather(g, &w[i]) {
 			continue
 		}
-		d.writeGathered(b, w[first:i])
-		first = i
-		if !d.gather(b, &w[i]) {
-			d.writeOne(&w[i])
-			first++
+		d.writeGathered(g)
+		if !d.gather(g, &w[i]) {
+			d.writeAlone(&w[i])
 		}
 	}
-	d.writeGathered(b, w[first:])
+	d.writeGathered(g)
+}
+
+// A gatherer is a batch of the store, and the writes that it has put off.
+type gatherer struct {
+	batch  *exception.Batch
+	putOff []*block.Write
 }
 
 // gather adds w to the batch, if it can be.
-func (d *Device) gather(b *exception.Batch, w *block.Write) bool {
+func (d *Device) gather(g *gatherer, w *block.Write) bool {
 	n := len(w.Data)
 	if n == 0 || d.full.Load() || d.mayChange(w.Off, int64(n)) != nil {
 		return false
@@ -67,21 +70,32 @@ func (d *Device) gather(b *exception.Batch, w *block.Write) bool {
 	if _, filled := d.Cover(s.Chunk, s.Off, n); !d.opts.KeepZeroes && d.zeroBlocks(s.Off, w.Data, filled) != 0 {
 		return false
 	}
-	return b.Add(s.Chunk, s.Off, w.Data)
+	added, putOff := g.batch.Add(s.Chunk, s.Off, w.Data)
+	if putOff {
+		g.putOff = append(g.putOff, w)
+	}
+	return added
 }
 
-// writeGathered does what the batch holds, of w, and one by one what it fails
+// writeGathered does what the batch has put off, and one by one what it fails
 // to do.
-func (d *Device) writeGathered(b *exception.Batch, w []block.Write) {
-	if b.Write() == nil {
+func (d *Device) writeGathered(g *gatherer) {
+	if done, err := g.batch.Write(); err != nil {
+		for _, w := range g.putOff[done:] {
+			d.writeAlone(w)
+		}
+	}
+	clear(g.putOff)
+	g.putOff = g.putOff[:0]
+}
+
+func (d *Device) writeAlone(w *block.Write) {
+	if d.MayBlock() {
+		w.Err = block.ErrAlone
 		return
 	}
-	for i := range w {
-		d.writeOne(&w[i])
-	}
+	_, w.Err = d.WriteAt(w.Data, w.Off)
 }
-
-func (d *Device) writeOne(w *block.Write) { _, w.Err = d.WriteAt(w.Data, w.Off) }
 
 // roomAgain ends the device counting as full, once the store has grown since.
 func (d *Device) roomAgain() {

@@ -29,54 +29,54 @@ func (s *Store) NewBatch() *Batch { return &Batch{s: s} }
 // Add takes the write of p at off of chunk c, and reports whether it could. It
 // cannot when p is not whole blocks, or somebody else or the batch itself holds
 // the claim, or some of the blocks are stored and some are not, or the batch is
-// full. Blocks that are stored are written at once; p is kept, and the claim
-// of its chunk held, until Write.
-func (b *Batch) Add(c block.Chunk, off int, p []byte) bool {
+// full. Blocks that are stored are written at once; else it says that the write
+// was put off: p is kept, and the claim of its chunk held, until Write.
+func (b *Batch) Add(c block.Chunk, off int, p []byte) (added, putOff bool) {
 	s, bs := b.s, b.s.geo.BlockSize()
 	n := len(p) / bs
 	if n == 0 || off%bs != 0 || len(p)%bs != 0 || b.blocks+n > maxBatch || s.writable() != nil || !s.live.tryClaim(c) {
-		return false
+		return false, false
 	}
 	switch m := block.Bits(off/bs, n); s.live.load(c).Stored() & m {
 	case 0:
 		b.writes = append(b.writes, gathered{c, off / bs, n})
 		b.vecs = append(b.vecs, p)
 		b.blocks += n
-		return true
+		return true, true
 	case m:
 		err := s.Put(c, off, p)
 		s.Release(c)
-		return err == nil
+		return err == nil, false
 	}
 	s.Release(c)
-	return false
+	return false, false
 }
 
-// Write does what Add put off. After an error some of it may be undone: each
-// write is to be done again, by Put.
-func (b *Batch) Write() error {
+// Write does what Add put off, and returns how many writes it has done: after
+// an error the rest, which is as though it had never been added.
+func (b *Batch) Write() (done int, err error) {
 	if len(b.writes) == 0 {
-		return nil
+		return 0, nil
 	}
-	err := b.write()
+	done, err = b.write()
 	for _, w := range b.writes {
 		b.s.Release(w.chunk)
 	}
 	clear(b.vecs)
 	b.writes, b.vecs, b.blocks = b.writes[:0], b.vecs[:0], 0
-	return err
+	return done, err
 }
 
-func (b *Batch) write() error {
+func (b *Batch) write() (done int, err error) {
 	s := b.s
 	for _, w := range b.writes {
 		if err := s.prepare(w.chunk); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	x, err := s.slots.take(uint32(b.blocks), uint32(b.blocks))
 	if err != nil {
-		return err
+		return 0, err
 	}
 	s.grow(x)
 	at := s.slotOff(x.first)
@@ -88,12 +88,14 @@ func (b *Batch) write() error {
 		if err == nil {
 			err = s.publish(w.chunk, w.block, extent{x.first, n})
 		}
-		if err == nil {
-			x.first, x.n = x.first+n, x.n-n
+		if err != nil {
+			break
 		}
+		x.first, x.n = x.first+n, x.n-n
+		done++
 	}
 	if err != nil {
 		s.slots.drop(x) // punched before anybody takes it again
 	}
-	return err
+	return done, err
 }

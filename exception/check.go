@@ -52,7 +52,7 @@ func Check(f disk.File) (*Report, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &checker{f: f, h: h, limits: h.limits(), report: &Report{Header: *h}, entries: make(map[block.Chunk]Entry), rows: make(map[int64]uint64)}
+	c := &checker{f: f, h: h, limits: h.limits(), report: &Report{Header: *h}, entries: make(map[block.Chunk]Entry), rows: make(map[int64]*[pageWords]uint64)}
 	c.supers(copies)
 	if size, err := f.Size(); err != nil {
 		return nil, err
@@ -80,7 +80,7 @@ type checker struct {
 	limits  limits
 	report  *Report
 	entries map[block.Chunk]Entry
-	rows    map[int64]uint64 // the words of the table that are not zero, from rowsAt on
+	rows    map[int64]*[pageWords]uint64 // the pages of rows, by number, that are not all zeros
 	inline  *overlay
 }
 
@@ -141,7 +141,7 @@ func (c *checker) sector(p []byte, n int64) {
 	for i, w := range wordsOf(p) {
 		at := n*sectorWords + int64(i)
 		if at >= c.h.rowsAt() {
-			c.rows[at] = w
+			*c.word(at) = w
 			continue
 		}
 		chunk, e := block.Chunk(at), Entry(w)
@@ -196,8 +196,19 @@ func (c *checker) rowWord(e Entry, b int) (word int64, shift int) {
 
 // name makes the row of e name the slot for block b.
 func (c *checker) name(e Entry, b int, slot uint32) {
-	word, shift := c.rowWord(e, b)
-	c.rows[word] = c.rows[word]&^(math.MaxUint32<<shift) | uint64(slot)<<shift
+	n, shift := c.rowWord(e, b)
+	w := c.word(n)
+	*w = *w&^(math.MaxUint32<<shift) | uint64(slot)<<shift
+}
+
+// word returns word n of the table, one of a row.
+func (c *checker) word(n int64) *uint64 {
+	p := c.rows[n/pageWords]
+	if p == nil {
+		p = new([pageWords]uint64)
+		c.rows[n/pageWords] = p
+	}
+	return &p[n%pageWords]
 }
 
 // slot returns the slot of block b, which e stores.
@@ -205,15 +216,18 @@ func (c *checker) slot(e Entry, b int) uint32 {
 	if _, ok := e.row(); !ok {
 		return e.straightSlot(b)
 	}
-	word, shift := c.rowWord(e, b)
-	return uint32(c.rows[word] >> shift)
+	n, shift := c.rowWord(e, b)
+	if p := c.rows[n/pageWords]; p != nil {
+		return uint32(p[n%pageWords] >> shift)
+	}
+	return 0
 }
 
 // A stored is a block and the slot that it has.
 type stored struct {
 	slot  uint32
 	chunk block.Chunk
-	block int
+	block uint8
 }
 
 // slots holds the entries against each other and against the file: a slot is
@@ -236,7 +250,7 @@ func (c *checker) slots() error {
 			rows[row] = chunk
 		}
 		for m := e.Stored(); m != 0; m &= m - 1 {
-			x := stored{c.slot(e, m.First()), chunk, m.First()}
+			x := stored{c.slot(e, m.First()), chunk, uint8(m.First())}
 			if err := c.limits.checkSlot(chunk, int64(x.slot)); err != nil {
 				c.harm("%v", err)
 				continue
@@ -295,7 +309,7 @@ func (c *checker) space(all []stored) error {
 
 // missing reports a stored block that lies behind the file's end, or in a hole.
 func (c *checker) missing(x stored, data spans, size int64) {
-	if c.inline.block(x.chunk, x.block) != nil {
+	if c.inline.block(x.chunk, int(x.block)) != nil {
 		return
 	}
 	bs := int64(c.h.BlockSize())

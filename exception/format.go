@@ -117,11 +117,11 @@ type Header struct {
 // pages of their own.
 func (h *Header) rowsAt() int64 { return roundUp(h.Chunks(), pageWords) }
 
-// rows returns the number of rows: one for each chunk, and some that wait to
-// be given back.
+// rows returns the number of rows: one for each chunk, and some more, since
+// dropped ones wait to be given back.
 func (h *Header) rows() int64 {
 	n := h.Chunks()
-	return min(n+min(4*n, rowSlack)+16, 1<<31)
+	return min(n+min(4*n, rowSlack), 1<<31)
 }
 
 // rowSlack is how many rows more than one a chunk a store has at most.
@@ -403,7 +403,8 @@ func (h *Header) sectorHolds(n int64) string {
 		return fmt.Sprintf("chunks %d to %d", first, first+sectorWords-1)
 	}
 	first := (n*sectorWords - h.rowsAt()) / rowWords
-	return fmt.Sprintf("rows %d to %d", first, first+sectorWords/rowWords)
+	last := (n*sectorWords + sectorWords - 1 - h.rowsAt()) / rowWords
+	return fmt.Sprintf("rows %d to %d", first, last)
 }
 
 // wordsOf yields the words of a sector that are not zero.

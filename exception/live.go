@@ -297,12 +297,20 @@ func (l *live) isOf(u UUID) bool {
 	return l.head[headUUID].Load() == le.Uint64(u[:]) && l.head[headUUID+1].Load() == le.Uint64(u[8:])
 }
 
-// forget makes the entries empty again: what an earlier process left is not
-// adopted. A row that no entry names means nothing.
+// forget makes the table empty again: what an earlier process left is not
+// adopted.
 func (l *live) forget() {
 	l.invalidate()
 	for c := range l.from(0) {
 		l.set(c, 0)
+	}
+	for i := 0; i < len(l.rows); {
+		at := areaHead + (l.rowsAt+int64(i))*8
+		end := min(i+int(pageSize-at%pageSize)/8, len(l.rows))
+		if l.area.Reserved(at) {
+			clear(l.rows[i:end].plain())
+		}
+		i = end
 	}
 }
 

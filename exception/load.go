@@ -167,8 +167,9 @@ func (s *Store) load() error {
 	if s.opts.ReadOnly && s.adopted {
 		// The copy of the live table is all there is to know; the table itself
 		// is left for the next session that writes.
+		err := (&loader{s: s, limits: s.shape.limits()}).countTaken()
 		s.adopted = false
-		return nil
+		return err
 	}
 	ld := &loader{s: s, limits: s.shape.limits(), pages: newPageSet(s.shape.tableLen())}
 	if !s.opts.ReadOnly {
@@ -384,12 +385,13 @@ func (ld *loader) rows(q []byte, n int64) error {
 }
 
 // findNewRows marks the pages of rows that the memory of a dead process has
-// and the file's table has not.
+// and the file's table has not. A page of the table lies in two of memory.
 func (ld *loader) findNewRows() {
 	live, t := ld.s.live, &ld.s.table
 	end := live.rowsAt + int64(len(live.rows))
 	for n := live.rowsAt; n < end; n += pageWords {
-		if !t.allocated[n/pageWords] && live.area.Reserved(areaHead+n*8) {
+		last := min(n+pageWords, end) - 1
+		if !t.allocated[n/pageWords] && (live.area.Reserved(areaHead+n*8) || live.area.Reserved(areaHead+last*8)) {
 			t.dirty[n/pageWords] = true
 		}
 	}

@@ -1,6 +1,7 @@
 package exception
 
 import (
+	"errors"
 	"fmt"
 	"math"
 
@@ -105,7 +106,9 @@ func (s *Store) publish(c block.Chunk, b int, x extent) error {
 		s.setRow(old, b, x)
 	default:
 		row, err := s.newRow()
-		if err != nil {
+		if errors.Is(err, ErrFull) {
+			return s.straighten(c, b, x)
+		} else if err != nil {
 			return err
 		}
 		for m := e.Stored(); m != 0; m &= m - 1 {
@@ -121,6 +124,68 @@ func (s *Store) publish(c block.Chunk, b int, x extent) error {
 	}
 	s.grown.Add(1)
 	return nil
+}
+
+// straighten publishes as publish does, for want of a row: it copies all stored
+// blocks of chunk c to slots that follow one another.
+func (s *Store) straighten(c block.Chunk, b int, x extent) error {
+	e, added := s.live.load(c), block.Bits(b, int(x.n))
+	all := e.Stored() | added
+	span := uint32(all.Last() - all.First() + 1)
+	to, err := s.slots.take(span, span)
+	if err != nil {
+		return err
+	}
+	s.grow(to)
+	home := straight(to.first, all.First())
+	n := makeEntry(home, all, e.Zero()&^added)
+	buf := make([]byte, s.geo.BlockSize())
+	for m := all; m != 0 && err == nil; m &= m - 1 {
+		k := m.First()
+		from := x.first + uint32(k-b)
+		if e.Stored().Has(k) {
+			from = s.live.slot(e, k)
+		}
+		err = s.copySlot(buf[:min(len(buf), s.geo.Len(c)-k*len(buf))], from, n.straightSlot(k))
+	}
+	if err != nil {
+		s.slots.drop(to)
+		return fmt.Errorf("move chunk %d: %w", c, fullError(err))
+	}
+	s.live.set(c, n)
+	s.live.mark(c, all)
+	s.giveUp(e, e.Stored())
+	s.giveUp(makeEntry(home, ^all, 0), block.Bits(all.First(), all.Last()-all.First())&^all)
+	s.slots.drop(x)
+	s.grown.Add(1)
+	return nil
+}
+
+// copySlot copies what fills buf from one slot to another.
+func (s *Store) copySlot(buf []byte, from, to uint32) error {
+	if n, err := s.file.ReadAt(buf, s.slotOff(from)); n < len(buf) {
+		return err
+	}
+	_, err := s.file.WriteAt(buf, s.slotOff(to))
+	return err
+}
+
+// giveUp gives up the slots of those blocks of e that are in m, and its row if
+// they are all that are stored. The chunk is marked.
+func (s *Store) giveUp(e Entry, m block.Mask) {
+	for b := 0; b < block.BlocksPerChunk; {
+		end, set := m.Run(b)
+		for set && b < end {
+			slot, stop := s.live.run(e, b)
+			stop = min(stop, end)
+			s.slots.drop(extent{slot, uint32(stop - b)})
+			b = stop
+		}
+		b = end
+	}
+	if row, ok := e.row(); ok && m == e.Stored() {
+		s.rows.drop(extent{row + 1, 1})
+	}
 }
 
 // setRow makes the row name the slots x for the blocks from b on.
@@ -224,19 +289,7 @@ func (s *Store) replace(c block.Chunk, m, zero block.Mask) error {
 	// The mark comes before the slots are given up, so that a commit which
 	// finds a slot given up finds the chunk too.
 	s.live.mark(c, 0)
-	for b := 0; b < block.BlocksPerChunk; {
-		end, set := (e.Stored() & m).Run(b)
-		for set && b < end {
-			slot, stop := s.live.run(e, b)
-			stop = min(stop, end)
-			s.slots.drop(extent{slot, uint32(stop - b)})
-			b = stop
-		}
-		b = end
-	}
-	if row, ok := e.row(); ok && n.Stored() == 0 {
-		s.rows.drop(extent{row + 1, 1})
-	}
+	s.giveUp(e, e.Stored()&m)
 	return nil
 }
 

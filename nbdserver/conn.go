@@ -44,9 +44,9 @@ type conn struct {
 	cut          atomic.Pointer[error] // why abort was called
 
 	session
-	view    block.Session // nil where the device has none
-	done    func()        // view.Done
-	viewed  bool          // view was asked since the last done
+	view   block.Session // nil where the device has none
+	done   func()        // view.Done
+	viewed bool          // view was asked since the last done
 
 	batched  block.BatchWriter // the device, if it is one
 	gathered gatherer

@@ -53,11 +53,24 @@ func (c *conn) settle() error {
 		if err == nil && c.batch().full() {
 			err = c.flush()
 		}
-		if err == nil {
-			err = c.changed(&g.requests[i], g.writes[i].Err)
+		r, w := &g.requests[i], &g.writes[i]
+		switch {
+		case err != nil:
+		case w.Err == block.ErrAlone:
+			err = c.startWrite(r, w.Data)
+		default:
+			err = c.changed(r, w.Err)
 		}
 	}
 	clear(g.writes)
 	g.requests, g.writes = g.requests[:0], g.writes[:0]
 	return err
+}
+
+// startWrite gives a WRITE with a copy of its payload to a worker.
+func (c *conn) startWrite(r *request, payload []byte) error {
+	j := newJob(c, r)
+	j.buf = getBuffer(len(payload))
+	copy(j.buf.b, payload)
+	return c.start(j, len(j.buf.b))
 }

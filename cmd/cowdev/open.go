@@ -111,7 +111,7 @@ func openView(ctx context.Context, c *cli.Context, basePath, cowPath string, o v
 func (v *view) mapStore(overwrite bool) *disk.Mapping {
 	const most = 16 << 40 // of address space
 	// A slot for each block, and as many that wait to be given back.
-	n := min(2*v.base.Size()+4<<30, most)
+	n := min(2*v.base.Size()+v.base.Size()/64+4<<30, most)
 	if v.file.IsDevice() {
 		n, _ = v.file.Size()
 	}

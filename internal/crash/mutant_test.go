@@ -145,6 +145,12 @@ var mutants = []mutant{
 		new: "hasRow:\n\t\tfor i := range x.n {\n\t\t\ts.live.changeRowSlot(old, b+int(i), x.first+i)\n\t\t}",
 	},
 	{
+		name: "moved-not-dirty", breaks: "2: blocks that were copied to other slots are not synced there",
+		file: "exception/write.go", mode: alone,
+		old: "s.live.mark(c, all)",
+		new: "s.live.mark(c, added)",
+	},
+	{
 		name: "row-named-in-part", breaks: "2: a record names only the new blocks of a row that is new",
 		file: "exception/commit.go", mode: alone, ci: true,
 		old: "if old, ok := was.row(); ok && old == row {",

@@ -39,10 +39,7 @@ func (d Death) String() string {
 // after the death of the process) or flushed (after a power cut). Every other
 // version may be found. A change that failed is sure of nothing, and neither
 // is one that is under way, but for this: what a read has found whole, no read
-// that begins later may find undone. So each sector is a linearizable register,
-// except that a read which outlasts a change counts for nothing here: it may look
-// at a place that the change gave up, and see what the next change puts there
-// before that is to be seen.
+// that begins later may find undone. So each sector is a linearizable register.
 type Oracle struct {
 	size int64
 
@@ -320,8 +317,7 @@ func (r *Reading) check(s int, p []byte) error {
 }
 
 // saw notes which version of sector s the read, which ends now, has found, if no
-// other that it could have found reads the same, and all that came before had
-// ended when it began.
+// other that it could have found reads the same.
 func (r *Reading) saw(s int, p []byte, may []version) {
 	same := func(v version) bool { return bytes.Equal(p, v.p) }
 	i := slices.IndexFunc(may, same)
@@ -329,9 +325,6 @@ func (r *Reading) saw(s int, p []byte, may []version) {
 		return
 	}
 	begin, all := may[i].begin, r.o.sectors[s]
-	if slices.ContainsFunc(all, func(v version) bool { return v.end < begin && v.end > r.begin }) {
-		return
-	}
 	for j := range all {
 		if all[j].begin == begin {
 			all[j].seen = min(all[j].seen, r.o.now)

@@ -150,7 +150,7 @@ func TestOracleReadsGoOn(t *testing.T) {
 	begin(t, o, 'd').Done(nil)
 	begin(t, o, 'e')
 	read(outlasts, 'e', true)
-	read(o.Reading(), 'd', true)
+	read(o.Reading(), 'd', false)
 }
 
 // TestOracleParts writes less than a sector, and a device's short end.

@@ -1,0 +1,100 @@
+package exception
+
+import (
+	"errors"
+	"math/rand/v2"
+	"testing"
+)
+
+// A space hands out nothing twice, nothing that was dropped before it was made
+// free again, and everything when there is nothing else.
+func TestSpace(t *testing.T) {
+	const limit = 300
+	for seed := range uint64(200) {
+		rng := rand.New(rand.NewPCG(seed, 1))
+		var s space
+		used := newBitmap(limit)
+		taken := make(map[uint32]bool)
+		for range rng.IntN(40) {
+			n, m := uint32(1+rng.IntN(limit-16)), uint64(1+rng.IntN(1<<16-1))
+			free := true
+			for i := range uint32(16) {
+				free = free && (m>>i&1 == 0 || !taken[n+i])
+			}
+			if got := newBitmapWith(used).set(n, m); got != free {
+				t.Fatalf("seed %d: set %d %#x reports %v, expected %v", seed, n, m, got, free)
+			}
+			if !free {
+				continue
+			}
+			used.set(n, m)
+			for i := range uint32(16) {
+				if m>>i&1 != 0 {
+					taken[n+i] = true
+				}
+			}
+		}
+		s.fill(used, limit)
+		dropped := make(map[uint32]bool)
+		for range 2000 {
+			switch rng.IntN(4) {
+			case 0, 1:
+				n := uint32(1 + rng.IntN(20))
+				least := 1 + rng.Uint32N(n)
+				x, err := s.take(n, least)
+				if err != nil {
+					if !errors.Is(err, ErrFull) {
+						t.Fatal(err)
+					}
+					if least == 1 && len(taken)+len(dropped) < limit {
+						t.Fatalf("seed %d: full with %d taken and %d dropped of %d", seed, len(taken), len(dropped), limit)
+					}
+					continue
+				}
+				if x.n < least || x.n > n || x.first < 1 || x.end() > limit+1 {
+					t.Fatalf("seed %d: took %+v, asked for %d to %d", seed, x, least, n)
+				}
+				for i := x.first; i < x.end(); i++ {
+					if taken[i] || dropped[i] {
+						t.Fatalf("seed %d: %d of %+v was not free", seed, i, x)
+					}
+					taken[i] = true
+				}
+			case 2:
+				for i := range taken {
+					delete(taken, i)
+					dropped[i] = true
+					s.drop(extent{i, 1})
+					break
+				}
+			default:
+				if rng.IntN(20) > 0 {
+					continue
+				}
+				s.drainAfter(2, s.takePending())
+				if x := s.takeDrained(1); x != nil {
+					t.Fatalf("seed %d: %v drained while a reader is there", seed, x)
+				}
+				s.add(s.takeDrained(2))
+				clear(dropped)
+			}
+			for i := 1; i < len(s.free); i++ {
+				if s.free[i-1].end() >= s.free[i].first {
+					t.Fatalf("seed %d: free extents %v", seed, s.free)
+				}
+			}
+		}
+	}
+}
+
+// newBitmapWith returns a copy of b.
+func newBitmapWith(b *bitmap) *bitmap {
+	c := &bitmap{make([]*[bitmapPage]uint64, len(b.pages))}
+	for i, p := range b.pages {
+		if p != nil {
+			words := *p
+			c.pages[i] = &words
+		}
+	}
+	return c
+}
