@@ -167,12 +167,51 @@ func (c *Client) Do(r Request) (*Result, error) {
 	return c.Result(r)
 }
 
-// Result receives the reply to r, which must be the only one that is awaited.
-func (c *Client) Result(r Request) (*Result, error) {
+// DoAll sends all of rs at once, alone, and returns their replies.
+func (c *Client) DoAll(rs []Request) ([]*Result, error) {
+	var batch []byte
+	byCookie := make(map[uint64]int)
+	results := make([]*Result, len(rs))
+	for i, r := range rs {
+		c.cookie++
+		r.Cookie = c.cookie
+		byCookie[r.Cookie], results[i] = i, newResult(&r)
+		c.Expect(r)
+		batch = append(batch, c.Encode(r)...)
+	}
+	if err := c.Send(batch); err != nil {
+		return nil, err
+	}
+	for len(byCookie) > 0 {
+		m, err := c.Receive()
+		if err != nil {
+			return nil, fmt.Errorf("%d replies to come: %w", len(byCookie), err)
+		}
+		i, ok := byCookie[m.Cookie]
+		if !ok {
+			return nil, fmt.Errorf("reply with cookie %#x, which nothing that is awaited has", m.Cookie)
+		}
+		if err := c.add(results[i], &rs[i], m); err != nil {
+			return nil, err
+		}
+		if m.Done() {
+			delete(byCookie, m.Cookie)
+		}
+	}
+	return results, nil
+}
+
+func newResult(r *Request) *Result {
 	res := &Result{Status: make(map[string][]Status)}
 	if r.Type == nbd.CmdRead && r.Length <= 64<<20 {
 		res.Data = make([]byte, r.Length)
 	}
+	return res
+}
+
+// Result receives the reply to r, which must be the only one that is awaited.
+func (c *Client) Result(r Request) (*Result, error) {
+	res := newResult(&r)
 	for {
 		m, err := c.Receive()
 		if err != nil {
@@ -288,10 +327,39 @@ func (res *Result) addError(m Message) error {
 // run is Do for a request whose error is an error.
 func (c *Client) run(r Request) (*Result, error) {
 	res, err := c.Do(r)
-	if err == nil && res.Error != 0 {
-		err = &CommandError{r.Type, res.Error, res.Text}
+	if err == nil {
+		err = res.err(&r)
 	}
 	return res, err
+}
+
+// err returns the error that the reply to r was.
+func (res *Result) err(r *Request) error {
+	if res.Error == 0 {
+		return nil
+	}
+	return &CommandError{r.Type, res.Error, res.Text}
+}
+
+// WriteAll writes each of data at the offset with its number, by WRITEs that are
+// sent at once, and returns their errors; or that of the connection.
+func (c *Client) WriteAll(data [][]byte, off []int64) ([]error, error) {
+	rs := make([]Request, len(data))
+	for i := range rs {
+		rs[i] = Request{Type: nbd.CmdWrite, Offset: uint64(off[i]), Payload: data[i]}
+		if c.Extended {
+			rs[i].Flags |= nbd.CmdFlagPayloadLen
+		}
+	}
+	results, err := c.DoAll(rs)
+	if err != nil {
+		return nil, err
+	}
+	errs := make([]error, len(rs))
+	for i := range errs {
+		errs[i] = results[i].err(&rs[i])
+	}
+	return errs, nil
 }
 
 // ReadAt reads as io.ReaderAt, by one READ.

@@ -218,7 +218,7 @@ func (s *server) dial() (*nbdDevice, error) {
 // nbdDevice is an export as a block.Device.
 type nbdDevice struct{ c *nbdclient.Client }
 
-var _ block.Device = (*nbdDevice)(nil)
+var _ block.BatchWriter = (*nbdDevice)(nil)
 
 func (d *nbdDevice) Size() int64    { return d.c.Size }
 func (d *nbdDevice) ReadOnly() bool { return d.c.Flags&nbd.FlagReadOnly != 0 }
@@ -231,6 +231,22 @@ func (d *nbdDevice) ReadAt(p []byte, off int64) (int, error) {
 func (d *nbdDevice) WriteAt(p []byte, off int64) (int, error) {
 	n, err := d.c.WriteAt(p, off)
 	return n, deviceError(err)
+}
+
+// WriteBatch sends all of w at once, which the server gathers.
+func (d *nbdDevice) WriteBatch(w []block.Write) {
+	var data [][]byte
+	var off []int64
+	for _, w := range w {
+		data, off = append(data, w.Data), append(off, w.Off)
+	}
+	errs, err := d.c.WriteAll(data, off)
+	for i := range w {
+		w[i].Err = err
+		if err == nil {
+			w[i].Err = deviceError(errs[i])
+		}
+	}
 }
 
 func (d *nbdDevice) WriteZeroes(off, n int64, flags block.ZeroFlags) error {
