@@ -42,7 +42,7 @@ var measures = []measure{
 	},
 	{
 		"Bytes taken at rest for each byte written",
-		"What the store has grown by since it was empty: sectors allocated (dm-snapshot), slots of 64 KiB (on the disk), blocks of the file.", firstWrites,
+		"What the store has grown by since it was empty: sectors allocated (dm-snapshot), slots in use (on the disk), blocks of the file.", firstWrites,
 		func(s *guest.Sample) float64 { return float64(s.AtRest) / float64(s.Bytes) }, "%.2f",
 	},
 	{

@@ -176,8 +176,7 @@ func (s *server) close() (int64, error) {
 	return s.atRest()
 }
 
-// atRest is what the file takes; of a disk, the slots in use: a slot there
-// has no holes.
+// atRest is what the file takes; of a disk, the slots in use.
 func (s *server) atRest() (int64, error) {
 	if s.store == storeFile {
 		var st unix.Stat_t
@@ -189,11 +188,10 @@ func (s *server) atRest() (int64, error) {
 		return 0, fmt.Errorf("info: %w", err)
 	}
 	var info struct {
-		Chunks int64 `json:"chunks"`
-		Size   int64 `json:"chunk-size"`
+		Stored int64 `json:"stored-bytes"`
 	}
 	err = json.Unmarshal(out, &info)
-	return info.Chunks * info.Size, err
+	return info.Stored, err
 }
 
 func (s *server) destroy() error {
