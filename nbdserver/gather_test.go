@@ -19,7 +19,9 @@ type batchDevice struct {
 }
 
 func (d *batchDevice) WriteBatch(w []block.Write) {
+	d.mu.Lock()
 	d.batches = append(d.batches, len(w))
+	d.mu.Unlock()
 	for i := range w {
 		_, w[i].Err = d.WriteAt(w[i].Data, w[i].Off)
 	}
@@ -86,6 +88,8 @@ func TestGather(t *testing.T) {
 					t.Errorf("command %d at %d: error %d, expected %d", r.Type, r.Offset, code, want)
 				}
 			}
+			dev.mu.Lock()
+			defer dev.mu.Unlock()
 			if want := []int{5, 3}; !slices.Equal(dev.batches, want) { // a lone one is no batch
 				t.Errorf("batches of %v writes, expected %v", dev.batches, want)
 			}
