@@ -50,6 +50,7 @@ type conn struct {
 
 	batched  block.BatchWriter // the device, if it is one
 	gathered gatherer
+	patience patience
 
 	in      input
 	out     output
@@ -326,7 +327,7 @@ func (c *conn) refuse(r *request, payload uint64, f *failure) error {
 		return err
 	}
 	c.fail(r, f)
-	return nil
+	return c.slowDown(requestPrice)
 }
 
 // batch returns the batch that the next reply is added to; it has room for a

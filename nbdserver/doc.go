@@ -51,7 +51,8 @@
 //  4. A request that can be answered is answered, with the error that the
 //     specification names; a connection is closed only for what cannot be
 //     understood (a wrong magic number), for more than 64 MiB to throw away,
-//     for 1024 options, and for the time limits.
+//     for 128 options, of which those after the 32nd are slowed down, and for the
+//     time limits.
 //  5. No header makes the server allocate: buffers are for bytes that came.
 //
 // # Memory

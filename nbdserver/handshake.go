@@ -16,7 +16,7 @@ import (
 // Limits of the handshake.
 const (
 	maxOptionData = 64 << 10 // bytes of an option's data that are looked at; more is drained
-	maxOptions    = 1024     // options that a client may send
+	maxOptions    = 128      // options that a client may send
 )
 
 // maxDrain is how much data, of an option or of a write, is read and thrown
@@ -90,6 +90,9 @@ func (c *conn) handshake() (*session, error) {
 		}
 		if done {
 			return &h.agreed, nil
+		}
+		if err := c.slowDown(optionPrice); err != nil {
+			return nil, err
 		}
 	}
 	return nil, fmt.Errorf("handshake: %d options and still no export chosen", maxOptions)
