@@ -55,14 +55,24 @@ func TestOverwriteByMapping(t *testing.T) {
 	want := make([]byte, size)
 	rng := rand.New(rand.NewPCG(1, 2))
 	for range writes {
-		n := 1 + rng.IntN(6000)
-		off := rng.IntN(size - n)
-		p := want[off : off+n]
-		for i := range p {
-			p[i] = byte(rng.Uint32())
+		w := make([]block.Write, 1+rng.IntN(4))
+		for i := range w {
+			n := 1 + rng.IntN(6000)
+			off := rng.IntN(size - n)
+			if rng.IntN(4) > 0 { // whole blocks
+				off, n = off/512*512, (n+511)/512*512
+			}
+			p := want[off : off+n]
+			for i := range p {
+				p[i] = byte(rng.Uint32())
+			}
+			w[i] = block.Write{Data: bytes.Clone(p), Off: int64(off)}
 		}
-		if _, err := d.WriteAt(p, int64(off)); err != nil {
-			t.Fatal(err)
+		d.WriteBatch(w)
+		for i := range w {
+			if w[i].Err != nil {
+				t.Fatal(w[i].Err)
+			}
 		}
 		if rng.IntN(100) == 0 {
 			if err := d.Flush(); err != nil {

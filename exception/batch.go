@@ -44,7 +44,7 @@ func (b *Batch) Add(c block.Chunk, off int, p []byte) (added, putOff bool) {
 		b.blocks += n
 		return true, true
 	case m:
-		err := s.Put(c, off, p)
+		err := s.putBytes(c, off, p, true)
 		s.Release(c)
 		return err == nil, false
 	}

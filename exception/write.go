@@ -9,8 +9,8 @@ import (
 )
 
 // maxOverwrite is the longest write, in bytes, that is tried without a system
-// call; the first copy to a page costs a fault, and a longer one more of them
-// than one call would.
+// call; the first copy to a page after it was written out costs a fault, and a
+// longer one more of them than one call would.
 const maxOverwrite = 16 << 10
 
 // Put writes p at off of chunk c, and makes the blocks it touches stored. The
@@ -20,7 +20,11 @@ const maxOverwrite = 16 << 10
 // When Put returns nil the bytes are seen by every reader, outlive the process
 // (if the memory lasts), and are durable after the next Flush. After an error
 // each sector of the range is its old or its new self.
-func (s *Store) Put(c block.Chunk, off int, p []byte) error {
+func (s *Store) Put(c block.Chunk, off int, p []byte) error { return s.putBytes(c, off, p, false) }
+
+// putBytes is Put; several says that it is one of several writes, which are worth a
+// fault for each page that they save system calls of.
+func (s *Store) putBytes(c block.Chunk, off int, p []byte, several bool) error {
 	if err := s.writable(); err != nil {
 		return err
 	}
@@ -35,7 +39,7 @@ func (s *Store) Put(c block.Chunk, off int, p []byte) error {
 		if e.Stored().Has(b) {
 			slot, end := s.live.run(e, b)
 			n = min(len(p), end*bs-off)
-			err = s.putAgain(c, off, p[:n], s.slotOff(slot)+int64(off-b*bs))
+			err = s.putAgain(c, off, p[:n], s.slotOff(slot)+int64(off-b*bs), several)
 		} else {
 			end, _ := e.Stored().Run(b)
 			n, err = s.putNew(c, b, p[:min(len(p), end*bs-off)])
@@ -50,9 +54,9 @@ func (s *Store) Put(c block.Chunk, off int, p []byte) error {
 
 // putAgain writes p, which lies at off of chunk c, over stored blocks whose
 // bytes lie at the offset at.
-func (s *Store) putAgain(c block.Chunk, off int, p []byte, at int64) error {
+func (s *Store) putAgain(c block.Chunk, off int, p []byte, at int64, several bool) error {
 	touched, _ := s.geo.Cover(c, off, len(p))
-	if s.overwrite == nil || len(p) > maxOverwrite || !s.overwrite(p, at) {
+	if !several || s.overwrite == nil || len(p) > maxOverwrite || !s.overwrite(p, at) {
 		if _, err := s.file.WriteAt(p, at); err != nil {
 			// What was overwritten before the error can be read, so it is
 			// durable after the next Flush, as all that is read.

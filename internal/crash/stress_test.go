@@ -119,7 +119,15 @@ func (s *stress) one(rng *rand.Rand, session block.Session) {
 	case k < 30:
 		p := make([]byte, n)
 		Stamp(p, off, s.stamp.Add(1))
-		s.change(p, off, func() error { _, err := s.dev.WriteAt(p, off); return err })
+		s.change(p, off, func() error {
+			if k < 10 {
+				_, err := s.dev.WriteAt(p, off)
+				return err
+			}
+			w := []block.Write{{Data: p, Off: off}} // by the mapping, if it can be
+			s.dev.WriteBatch(w)
+			return w[0].Err
+		})
 	case k < 44:
 		s.change(make([]byte, n), off, func() error { return s.dev.Trim(off, n) })
 	case k < 50:
