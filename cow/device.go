@@ -153,6 +153,9 @@ func (d *Device) Cache(off, n int64) error {
 	return nil
 }
 
+// Prefetches reports whether Cache sets a disk to work on what lies in the origin.
+func (d *Device) Prefetches() bool { return d.prefetch != nil }
+
 func (d *Device) check(off, n int64) error {
 	if !d.Contains(off, n) {
 		return fmt.Errorf("%d bytes at %d of a device of %d: %w", n, off, d.Geometry.Size, syscall.EINVAL)

@@ -62,6 +62,9 @@ func (c *conn) readCold(r *request) error {
 		return c.readHere(r)
 	}
 	_ = c.export.Device.Cache(r.off, r.n) // an error will be met by the read
+	if r.n <= maxInlineCold && c.prefetches() {
+		return c.readTogether(r)
+	}
 	return c.start(newJob(c, r), readBuffer(r))
 }
 

@@ -50,6 +50,7 @@ type conn struct {
 
 	batched  block.BatchWriter // the device, if it is one
 	gathered gatherer
+	cold     []request // see readTogether
 	patience patience
 
 	in      input
@@ -171,6 +172,9 @@ func (c *conn) requests() error {
 			err = c.serveReceived()
 			if settleErr := c.settle(); err == nil || err == errGoodbye && settleErr != nil {
 				err = settleErr
+			}
+			if startErr := c.startCold(); err == nil || err == errGoodbye && startErr != nil {
+				err = startErr
 			}
 		}
 		if flushErr := c.flush(); err == nil || err == errGoodbye && flushErr != nil {

@@ -108,6 +108,8 @@ func (d *memDevice) Flush() error {
 	return err
 }
 
+func (d *memDevice) Prefetches() bool { return d.cold != nil }
+
 func (d *memDevice) Cache(off, n int64) error {
 	if err := d.hook("cache", off, n); err != nil {
 		return err

@@ -96,3 +96,49 @@ func TestGather(t *testing.T) {
 		})
 	}
 }
+
+// Reads from the disk that came together are answered each by itself, also
+// where some of them fail.
+func TestColdTogether(t *testing.T) {
+	for _, s := range styles {
+		t.Run(s.String(), func(t *testing.T) {
+			dev := newMemDevice(testSize)
+			dev.cold = func(int64, int64) bool { return true }
+			dev.before = func(op string, off, _ int64) error {
+				if op == "read" && off%(5*4096) == 0 {
+					return syscall.EIO
+				}
+				return nil
+			}
+			c := serveDevice(t, dev).dial(s)
+			for range 5 {
+				var batch []byte
+				const n = 100
+				for i := range uint64(n) {
+					r := req{Cookie: i + 1, Type: nbd.CmdRead, Offset: i * 4096, Length: 4096}
+					c.Expect(r)
+					batch = append(batch, c.Encode(r)...)
+				}
+				check(t, c.Send(batch))
+				for range n {
+					m, err := c.Receive()
+					check(t, err)
+					i := m.Cookie - 1
+					data, failed := m.Payload, m.Error != 0
+					if !m.Simple {
+						failed = m.Type == nbd.ReplyError || m.Type == nbd.ReplyErrorOffset
+						if m.Type == nbd.ReplyOffsetData {
+							data = data[8:]
+						}
+					}
+					if failed != (i%5 == 0) {
+						t.Fatalf("read of block %d: failed %v", i, failed)
+					}
+					if !failed && !bytes.Equal(data, dev.data[i*4096:][:4096]) {
+						t.Fatalf("read of block %d: other bytes", i)
+					}
+				}
+			}
+		})
+	}
+}

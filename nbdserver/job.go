@@ -18,10 +18,11 @@ const readPiece = 1 << 20
 type job struct {
 	c         *conn
 	req       request
-	flushOnly bool     // the change of a request with FUA is done; or a FLUSH
-	contexts  contexts // of a BLOCK_STATUS
-	buf       *buffer  // payload of a WRITE
-	bytes     int      // that the connection counts for it
+	flushOnly bool       // the change of a request with FUA is done; or a FLUSH
+	contexts  contexts   // of a BLOCK_STATUS
+	buf       *buffer    // payload of a WRITE
+	bytes     int        // that the connection counts for it
+	group     *coldGroup // the READs that it shares with other jobs, or nil
 
 	head [maxReplyHeader]byte
 	vecs [2][]byte
@@ -54,7 +55,11 @@ func (j *job) run() {
 	case j.flushOnly:
 		err = j.change(nil)
 	case j.req.kind == nbd.CmdRead:
-		err = j.read()
+		if j.group != nil {
+			err = j.readGroup()
+		} else {
+			err = j.read()
+		}
 	case j.req.kind == nbd.CmdWrite:
 		err = j.change(func(d block.Device) error {
 			_, err := d.WriteAt(j.buf.b[:j.req.n], j.req.off)
