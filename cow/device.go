@@ -279,9 +279,10 @@ func (w *walker) one() (piece, bool) {
 		if p.state == block.Stored {
 			p.at, end = w.d.store.Locate(e, b)
 			p.at += int64(s.Off - b*bs)
-		}
-		for p.state != block.Stored && end < block.BlocksPerChunk && e.State(end) == p.state {
-			end++
+		} else {
+			for end < block.BlocksPerChunk && e.State(end) == p.state {
+				end++
+			}
 		}
 		p.n = min(p.n, int64(end*bs-s.Off))
 	}

@@ -163,7 +163,6 @@ func (d *Device) putBlocks(c block.Chunk, off int, p []byte, m block.Mask) error
 // caller holds the claim.
 func (d *Device) copyUp(buf []byte, c block.Chunk, off int, p []byte, touched, filled block.Mask) (int, []byte, error) {
 	bs := d.BlockSize()
-	e := d.store.Entry(c)
 	first := off / bs * bs
 	end := min((off+len(p)+bs-1)/bs*bs, d.Len(c))
 	buf = buf[:end-first]
@@ -172,10 +171,8 @@ func (d *Device) copyUp(buf []byte, c block.Chunk, off int, p []byte, touched, f
 			continue
 		}
 		to := min((b+1)*bs, end)
-		r := piece{state: e.State(b), off: d.Offset(c) + int64(b*bs), n: int64(to - b*bs), chunk: c, entry: e, in: b * bs}
-		if r.state == block.Stored {
-			r.at, _ = d.store.Locate(e, b)
-		}
+		w := walker{d: d, off: d.Offset(c) + int64(b*bs), end: d.Offset(c) + int64(to)}
+		r, _ := w.one() // a block is in one state
 		if err := d.readPiece(buf[b*bs-first:to-first], r); err != nil {
 			return 0, nil, fmt.Errorf("copy up chunk %d: %w", c, err)
 		}

@@ -17,8 +17,11 @@ const (
 // of them at once; a worker for each would only mean that as many threads go
 // to sleep and are woken.
 func (c *conn) readTogether(r *request) error {
-	c.cold = append(c.cold, *r)
-	if len(c.cold) == maxCold {
+	if c.cold == nil {
+		c.cold = coldGroups.Get().(*coldGroup)
+	}
+	c.cold.requests = append(c.cold.requests, *r)
+	if len(c.cold.requests) == maxCold {
 		return c.startCold()
 	}
 	return nil
@@ -26,12 +29,11 @@ func (c *conn) readTogether(r *request) error {
 
 // startCold gives the READs of readTogether to workers.
 func (c *conn) startCold() error {
-	if len(c.cold) == 0 {
+	g := c.cold
+	if g == nil {
 		return nil
 	}
-	g := coldReads.Get().(*coldGroup)
-	g.requests = append(g.requests, c.cold...)
-	c.cold = c.cold[:0]
+	c.cold = nil
 	n := min(coldWorkers, len(g.requests))
 	largest := slices.MaxFunc(g.requests, func(a, b request) int { return int(a.n - b.n) })
 	g.users.Store(int32(n))
@@ -55,14 +57,14 @@ type coldGroup struct {
 	users    atomic.Int32
 }
 
-var coldReads = sync.Pool{New: func() any { return new(coldGroup) }}
+var coldGroups = sync.Pool{New: func() any { return new(coldGroup) }}
 
 // leave ends the use of the group by some of its users.
 func (g *coldGroup) leave(users int) {
 	if g.users.Add(int32(-users)) == 0 {
 		g.requests = g.requests[:0]
 		g.taken.Store(0)
-		coldReads.Put(g)
+		coldGroups.Put(g)
 	}
 }
 

@@ -72,7 +72,7 @@ func (c *conn) readCold(r *request) error {
 // disk is read here: no request is under way, and none came lately while
 // another was read here.
 func (c *conn) aloneForNow() bool {
-	if len(c.in.have()) > 0 || len(c.cold) > 0 || c.jobs.any() {
+	if len(c.in.have()) > 0 || c.cold != nil || c.jobs.any() {
 		return false
 	}
 	if c.company > 0 {

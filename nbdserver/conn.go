@@ -49,8 +49,8 @@ type conn struct {
 	viewed bool          // view was asked since the last done
 
 	batched  block.BatchWriter // the device, if it is one
-	gathered gatherer
-	cold     []request // see readTogether
+	gathered *gatherer         // WRITEs that were put off; nil if there are none
+	cold     *coldGroup        // READs that were put off; nil if there are none
 	patience patience
 
 	in      input
@@ -170,16 +170,10 @@ func (c *conn) requests() error {
 		err := c.receive()
 		if err == nil {
 			err = c.serveReceived()
-			if settleErr := c.settle(); err == nil || err == errGoodbye && settleErr != nil {
-				err = settleErr
-			}
-			if startErr := c.startCold(); err == nil || err == errGoodbye && startErr != nil {
-				err = startErr
-			}
+			err = andThen(err, c.settle())
+			err = andThen(err, c.startCold())
 		}
-		if flushErr := c.flush(); err == nil || err == errGoodbye && flushErr != nil {
-			err = flushErr
-		}
+		err = andThen(err, c.flush())
 		if err != nil {
 			return err
 		}
@@ -187,6 +181,15 @@ func (c *conn) requests() error {
 			c.yield()
 		}
 	}
+}
+
+// andThen returns what ends a connection of which err, if anything, is known
+// and then next is: a goodbye counts only if what is owed could be sent.
+func andThen(err, next error) error {
+	if err == nil || err == errGoodbye && next != nil {
+		return next
+	}
+	return err
 }
 
 // yield lets others have their turn.

@@ -1,6 +1,8 @@
 package nbdserver
 
 import (
+	"sync"
+
 	"github.com/cowdev/cowdev/block"
 	"github.com/cowdev/cowdev/internal/nbd"
 )
@@ -19,6 +21,8 @@ type gatherer struct {
 	writes   []block.Write
 }
 
+var gatherers = sync.Pool{New: func() any { return new(gatherer) }}
+
 // gathers reports whether r, a valid request, is to be gathered.
 func (c *conn) gathers(r *request) bool {
 	return c.batched != nil && r.kind == nbd.CmdWrite && r.n > 0 && r.n <= maxGatherOne &&
@@ -27,7 +31,10 @@ func (c *conn) gathers(r *request) bool {
 
 // gather puts off a WRITE whose payload comes next, and lies in the buffer.
 func (c *conn) gather(r *request) error {
-	g := &c.gathered
+	if c.gathered == nil {
+		c.gathered = gatherers.Get().(*gatherer)
+	}
+	g := c.gathered
 	g.requests = append(g.requests, *r)
 	g.writes = append(g.writes, block.Write{Data: c.in.take(int(r.n)), Off: r.off})
 	if len(g.requests) == maxGathered {
@@ -38,10 +45,11 @@ func (c *conn) gather(r *request) error {
 
 // settle does what was gathered, and answers it.
 func (c *conn) settle() error {
-	g := &c.gathered
-	if len(g.requests) == 0 {
+	g := c.gathered
+	if g == nil {
 		return nil
 	}
+	c.gathered = nil
 	err := c.enter()
 	if err == nil && len(g.writes) == 1 {
 		w := &g.writes[0]
@@ -64,6 +72,7 @@ func (c *conn) settle() error {
 	}
 	clear(g.writes)
 	g.requests, g.writes = g.requests[:0], g.writes[:0]
+	gatherers.Put(g)
 	return err
 }
 

@@ -54,12 +54,10 @@ func (j *job) run() {
 	switch {
 	case j.flushOnly:
 		err = j.change(nil)
+	case j.group != nil:
+		err = j.readGroup()
 	case j.req.kind == nbd.CmdRead:
-		if j.group != nil {
-			err = j.readGroup()
-		} else {
-			err = j.read()
-		}
+		err = j.read()
 	case j.req.kind == nbd.CmdWrite:
 		err = j.change(func(d block.Device) error {
 			_, err := d.WriteAt(j.buf.b[:j.req.n], j.req.off)

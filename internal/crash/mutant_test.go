@@ -105,8 +105,8 @@ var mutants = []mutant{
 	{
 		name: "copy-up-from-base", breaks: "4: a zeroed block that is written in part is filled from the base",
 		file: "cow/write.go", mode: alone,
-		old: "r := piece{state: e.State(b), off:",
-		new: "r := piece{state: e.State(b) & block.Stored, off:",
+		old: "\t\tr, _ := w.one() // a block is in one state\n",
+		new: "\t\tr, _ := w.one()\n\t\tr.state &= block.Stored\n",
 	},
 	{
 		name: "slot-freed-at-once", breaks: "5, R19: a dropped slot is taken again before the record without it is durable",

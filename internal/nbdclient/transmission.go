@@ -220,9 +220,6 @@ func (c *Client) Result(r Request) (*Result, error) {
 		if m.Cookie != r.Cookie {
 			return nil, fmt.Errorf("reply with cookie %#x, expected %#x", m.Cookie, r.Cookie)
 		}
-		if c.Extended && m.Offset != r.Offset {
-			return nil, fmt.Errorf("reply with offset %d, expected %d", m.Offset, r.Offset)
-		}
 		if err := c.add(res, &r, m); err != nil {
 			return nil, err
 		}
@@ -234,6 +231,9 @@ func (c *Client) Result(r Request) (*Result, error) {
 
 // add makes m a part of res.
 func (c *Client) add(res *Result, r *Request, m Message) error {
+	if c.Extended && m.Offset != r.Offset {
+		return fmt.Errorf("reply with offset %d, expected %d", m.Offset, r.Offset)
+	}
 	res.Chunks = append(res.Chunks, m)
 	if m.Simple {
 		res.Error = m.Error
@@ -346,10 +346,7 @@ func (res *Result) err(r *Request) error {
 func (c *Client) WriteAll(data [][]byte, off []int64) ([]error, error) {
 	rs := make([]Request, len(data))
 	for i := range rs {
-		rs[i] = Request{Type: nbd.CmdWrite, Offset: uint64(off[i]), Payload: data[i]}
-		if c.Extended {
-			rs[i].Flags |= nbd.CmdFlagPayloadLen
-		}
+		rs[i] = c.write(data[i], off[i], 0)
 	}
 	results, err := c.DoAll(rs)
 	if err != nil {
@@ -360,6 +357,14 @@ func (c *Client) WriteAll(data [][]byte, off []int64) ([]error, error) {
 		errs[i] = results[i].err(&rs[i])
 	}
 	return errs, nil
+}
+
+// write returns a WRITE of p at off.
+func (c *Client) write(p []byte, off int64, flags uint16) Request {
+	if c.Extended {
+		flags |= nbd.CmdFlagPayloadLen
+	}
+	return Request{Type: nbd.CmdWrite, Flags: flags, Offset: uint64(off), Payload: p}
 }
 
 // ReadAt reads as io.ReaderAt, by one READ.
@@ -379,11 +384,7 @@ func (c *Client) WriteAt(p []byte, off int64) (int, error) { return c.WriteFlags
 
 // WriteFlags is WriteAt with command flags.
 func (c *Client) WriteFlags(p []byte, off int64, flags uint16) (int, error) {
-	if c.Extended {
-		flags |= nbd.CmdFlagPayloadLen
-	}
-	_, err := c.run(Request{Type: nbd.CmdWrite, Flags: flags, Offset: uint64(off), Payload: p})
-	if err != nil {
+	if _, err := c.run(c.write(p, off, flags)); err != nil {
 		return 0, err
 	}
 	return len(p), nil
