@@ -80,22 +80,17 @@ func (b *Batch) write() (done int, err error) {
 	}
 	s.grow(x)
 	at := s.slotOff(x.first)
-	if err = s.file.WriteVecAt(b.vecs, at); err != nil {
-		err = s.writeError(b.writes[0].chunk, at, err)
-	}
-	for _, w := range b.writes {
-		n := uint32(w.blocks)
-		if err == nil {
-			err = s.publish(w.chunk, w.block, extent{x.first, n})
-		}
-		if err != nil {
-			break
-		}
-		x.first, x.n = x.first+n, x.n-n
-		done++
-	}
-	if err != nil {
+	if err := s.file.WriteVecAt(b.vecs, at); err != nil {
 		s.slots.drop(x) // punched before anybody takes it again
+		return 0, s.writeError(b.writes[0].chunk, at, err)
 	}
-	return done, err
+	for i, w := range b.writes {
+		n := uint32(w.blocks)
+		if err := s.publish(w.chunk, w.block, extent{x.first, n}); err != nil {
+			s.slots.drop(x)
+			return i, err
+		}
+		x = extent{x.first + n, x.n - n}
+	}
+	return len(b.writes), nil
 }

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"math"
 	"slices"
 
 	"github.com/cowdev/cowdev/block"
@@ -134,8 +133,8 @@ func (c *checker) table() error {
 }
 
 func (c *checker) sector(p []byte, n int64) {
-	if err := checkSector(p, c.h.UUID, n); err != nil {
-		c.harm("%v (%s)", err, c.h.sectorHolds(n))
+	if err := c.h.checkSector(p, n); err != nil {
+		c.harm("%v", err)
 		return
 	}
 	for i, w := range wordsOf(p) {
@@ -187,18 +186,12 @@ func (c *checker) log() error {
 	return nil
 }
 
-// rowWord returns the number of the table's word in which the row of e names
-// the slot of block b, and by how many bits it is shifted there.
-func (c *checker) rowWord(e Entry, b int) (word int64, shift int) {
-	row, _ := e.row()
-	return c.h.rowsAt() + int64(row)*rowWords + int64(b/2), b % 2 * 32
-}
-
 // name makes the row of e name the slot for block b.
 func (c *checker) name(e Entry, b int, slot uint32) {
-	n, shift := c.rowWord(e, b)
-	w := c.word(n)
-	*w = *w&^(math.MaxUint32<<shift) | uint64(slot)<<shift
+	row, _ := e.row()
+	n, shift := rowPlace(row, b)
+	w := c.word(c.h.rowsAt() + n)
+	*w = withSlot(*w, shift, slot)
 }
 
 // word returns word n of the table, one of a row.
@@ -213,10 +206,12 @@ func (c *checker) word(n int64) *uint64 {
 
 // slot returns the slot of block b, which e stores.
 func (c *checker) slot(e Entry, b int) uint32 {
-	if _, ok := e.row(); !ok {
+	row, ok := e.row()
+	if !ok {
 		return e.straightSlot(b)
 	}
-	n, shift := c.rowWord(e, b)
+	n, shift := rowPlace(row, b)
+	n += c.h.rowsAt()
 	if p := c.rows[n/pageWords]; p != nil {
 		return uint32(p[n%pageWords] >> shift)
 	}

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"hash/crc32"
 	"iter"
+	"math"
 
 	"github.com/cowdev/cowdev/block"
 )
@@ -362,6 +363,17 @@ func (l *limits) checkSlot(c block.Chunk, slot int64) error {
 	return nil
 }
 
+// rowPlace returns which word of the rows names the slot of block b of row r,
+// and by how many bits it is shifted there.
+func rowPlace(r uint32, b int) (word int64, shift int) {
+	return int64(r)*rowWords + int64(b/2), b % 2 * 32
+}
+
+// withSlot returns the word w of a row with the slot at the shift.
+func withSlot(w uint64, shift int, slot uint32) uint64 {
+	return w&^(math.MaxUint32<<shift) | uint64(slot)<<shift
+}
+
 // encodeSector writes sectorWords words into the 512 bytes of p, as table
 // sector number n. A sector of zeros alone is all zeros.
 func encodeSector(p []byte, u UUID, n int64, word func(i int) uint64) {
@@ -387,17 +399,17 @@ func sectorSum(p []byte, u UUID, n int64) uint32 {
 }
 
 // checkSector checks the 512 bytes of table sector n.
-func checkSector(p []byte, u UUID, n int64) error {
+func (h *Header) checkSector(p []byte, n int64) error {
 	if p[508] == 0 && bytes.Equal(p[:sectorSize], zeroPage[:sectorSize]) {
 		return nil
 	}
-	if le.Uint32(p[508:]) != uint32(n)+1 || le.Uint32(p[504:]) != sectorSum(p, u, n) {
-		return fmt.Errorf("%w: table sector %d: checksum", ErrCorrupt, n)
+	if le.Uint32(p[508:]) != uint32(n)+1 || le.Uint32(p[504:]) != sectorSum(p, h.UUID, n) {
+		return fmt.Errorf("%w: table sector %d: checksum (%s)", ErrCorrupt, n, h.sectorHolds(n))
 	}
 	return nil
 }
 
-// sectorHolds says what the words of table sector n tell of, for messages.
+// sectorHolds says what the words of table sector n tell of.
 func (h *Header) sectorHolds(n int64) string {
 	if first := n * sectorWords; first < h.rowsAt() {
 		return fmt.Sprintf("chunks %d to %d", first, first+sectorWords-1)

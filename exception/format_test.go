@@ -75,10 +75,10 @@ func TestTableFormat(t *testing.T) {
 	golden(t, "sector.hex", p)
 	got := make(map[int]uint64)
 	maps.Insert(got, wordsOf(p))
-	if err := checkSector(p, h.UUID, 5); err != nil || !reflect.DeepEqual(got, want) {
+	if err := h.checkSector(p, 5); err != nil || !reflect.DeepEqual(got, want) {
 		t.Errorf("decoded %v, %v", got, err)
 	}
-	if err := checkSector(p, h.UUID, 6); err == nil {
+	if err := h.checkSector(p, 6); err == nil {
 		t.Error("the sector of one place passes at another")
 	}
 }
@@ -120,7 +120,7 @@ func FuzzDecode(f *testing.F) {
 		if g, err := decodeSuper(page[:pageSize], superA); err == nil {
 			g.slotOff(1)
 		}
-		checkSector(page, h.UUID, 0)
+		h.checkSector(page, 0)
 		limits := h.limits()
 		for _, w := range wordsOf(page) {
 			limits.check(0, Entry(w))

@@ -2,7 +2,6 @@ package exception
 
 import (
 	"iter"
-	"math"
 	"math/bits"
 	"sync"
 	"sync/atomic"
@@ -361,22 +360,17 @@ func (l *live) clearRow(r uint32) {
 
 // rowSlot returns the slot that row r names for block b, or 0.
 func (l *live) rowSlot(r uint32, b int) uint32 {
-	return uint32(l.rows[int(r)*rowWords+b/2].Load() >> (b % 2 * 32))
+	word, shift := rowPlace(r, b)
+	return uint32(l.rows[word].Load() >> shift)
 }
 
-// setRowSlot makes row r name the slot for block b, for which it names none:
-// whoever sees a block stored finds its slot, and the same as long as the
-// chunk has the row.
+// setRowSlot makes row r name the slot for block b. Only the claim's holder, or
+// who loads the table, calls it; but in a load the row names none for the block
+// so far: whoever sees a block stored finds its slot, and the same as long as
+// the chunk has the row.
 func (l *live) setRowSlot(r uint32, b int, slot uint32) {
-	l.rows[int(r)*rowWords+b/2].Or(uint64(slot) << (b % 2 * 32))
-}
-
-// changeRowSlot is setRowSlot for a row that may name another slot for the
-// block. Nobody else knows the store yet.
-func (l *live) changeRowSlot(r uint32, b int, slot uint32) {
-	w := &l.rows[int(r)*rowWords+b/2]
-	shift := b % 2 * 32
-	w.Store(w.Load()&^(math.MaxUint32<<shift) | uint64(slot)<<shift)
+	word, shift := rowPlace(r, b)
+	l.rows[word].Store(withSlot(l.rows[word].Load(), shift, slot))
 }
 
 // rowWord returns word n of the table, one of a row.

@@ -5,7 +5,6 @@ import (
 	"fmt"
 	"io"
 	"iter"
-	"math/bits"
 	"slices"
 	"time"
 
@@ -334,15 +333,18 @@ func (ld *loader) sectors(p []byte, n int64) error {
 // page reads page n of the table, which is not all zeros.
 func (ld *loader) page(p []byte, n int64) error {
 	ld.s.table.allocated[n] = true
-	ld.pages.add(n*pageSize, 1)
+	ofRows := n*pageWords >= ld.s.live.rowsAt
+	if !ofRows {
+		ld.pages.add(n*pageSize, 1)
+	}
 	for i := range int64(pageSize / sectorSize) {
 		sector := n*pageSize/sectorSize + i
 		q := p[i*sectorSize:][:sectorSize]
-		if err := checkSector(q, ld.s.shape.UUID, sector); err != nil {
-			return fmt.Errorf("%w (%s)", err, ld.s.shape.sectorHolds(sector))
+		if err := ld.s.shape.checkSector(q, sector); err != nil {
+			return err
 		}
 		first := sector * sectorWords
-		if first >= ld.s.live.rowsAt {
+		if ofRows {
 			if err := ld.rows(q, first); err != nil {
 				return err
 			}
@@ -466,7 +468,7 @@ func (ld *loader) name(r run, slots []uint32) error {
 		return fmt.Errorf("memory for the live table: %w", err)
 	}
 	for m := r.named; m != 0; m &= m - 1 {
-		ld.s.live.changeRowSlot(row, m.First(), slots[0])
+		ld.s.live.setRowSlot(row, m.First(), slots[0])
 		slots = slots[1:]
 	}
 	return nil
@@ -608,8 +610,7 @@ func (ld *loader) countTaken() error {
 	} else {
 		for from, to := range ld.runs() {
 			for c := from; c < to; c++ {
-				if e := Entry(ld.into[c]); e.Stored() == 0 {
-				} else if err := take(block.Chunk(c), e); err != nil {
+				if err := take(block.Chunk(c), Entry(ld.into[c])); err != nil {
 					return err
 				}
 			}
@@ -624,19 +625,6 @@ func (ld *loader) countTaken() error {
 	return nil
 }
 
-// fill makes the space that of the numbers 1 to limit, of which those in used
-// are taken.
-func (s *space) fill(used *bitmap, limit int64) {
-	s.next, s.limit = 1, uint32(limit)+1
-	for x := range used.runs() {
-		if s.next < x.first {
-			s.free = append(s.free, extent{s.next, x.first - s.next})
-		}
-		s.next = x.end()
-	}
-	s.limit = max(s.limit, s.next)
-}
-
 func allZero(p []byte) bool {
 	for len(p) >= pageSize {
 		if [pageSize]byte(p) != zeroPage {
@@ -645,69 +633,4 @@ func allZero(p []byte) bool {
 		p = p[pageSize:]
 	}
 	return string(p) == string(zeroPage[:len(p)])
-}
-
-// bitmap is a set of the numbers 1 to a limit, which takes memory for those
-// parts that have some.
-type bitmap struct{ pages []*[bitmapPage]uint64 }
-
-const bitmapPage = 1024 // words
-
-func newBitmap(limit int64) *bitmap {
-	return &bitmap{make([]*[bitmapPage]uint64, limit/64/bitmapPage+2)}
-}
-
-// set adds n+i for each bit i of m, of which there are at most 16, and reports
-// whether none was there.
-func (b *bitmap) set(n uint32, m uint64) bool {
-	low, high := b.word(n/64), m<<(n%64)
-	free := *low&high == 0
-	*low |= high
-	if rest := m >> 1 >> (63 - n%64); rest != 0 {
-		next := b.word(n/64 + 1)
-		free = free && *next&rest == 0
-		*next |= rest
-	}
-	return free
-}
-
-func (b *bitmap) word(i uint32) *uint64 {
-	p := &b.pages[i/bitmapPage]
-	if *p == nil {
-		*p = new([bitmapPage]uint64)
-	}
-	return &(*p)[i%bitmapPage]
-}
-
-// runs yields the runs of numbers in the set, in order.
-func (b *bitmap) runs() iter.Seq[extent] {
-	return func(yield func(extent) bool) {
-		var x extent
-		for i, p := range b.pages {
-			if p == nil {
-				continue
-			}
-			for k, w := range p {
-				first := uint32(i*bitmapPage+k) * 64
-				for w != 0 {
-					from := uint32(bits.TrailingZeros64(w))
-					n := uint32(bits.TrailingZeros64(^(w >> from)))
-					if x.n > 0 && x.end() == first+from {
-						x.n += n
-					} else if x.n > 0 && !yield(x) {
-						return
-					} else {
-						x = extent{first + from, n}
-					}
-					if from+n == 64 {
-						break
-					}
-					w &= ^uint64(0) << (from + n)
-				}
-			}
-		}
-		if x.n > 0 {
-			yield(x)
-		}
-	}
 }

@@ -3,6 +3,8 @@ package exception
 import (
 	"cmp"
 	"fmt"
+	"iter"
+	"math/bits"
 	"slices"
 	"sync"
 	"sync/atomic"
@@ -150,6 +152,84 @@ func joined(x []extent) []extent {
 		}
 	}
 	return out
+}
+
+// fill makes the space that of the numbers 1 to limit, of which those in used
+// are taken.
+func (s *space) fill(used *bitmap, limit int64) {
+	s.next, s.limit = 1, uint32(limit)+1
+	for x := range used.runs() {
+		if s.next < x.first {
+			s.free = append(s.free, extent{s.next, x.first - s.next})
+		}
+		s.next = x.end()
+	}
+	s.limit = max(s.limit, s.next)
+}
+
+// bitmap is a set of the numbers 1 to a limit, which takes memory for those
+// parts that have some.
+type bitmap struct{ pages []*[bitmapPage]uint64 }
+
+const bitmapPage = 1024 // words
+
+func newBitmap(limit int64) *bitmap {
+	return &bitmap{make([]*[bitmapPage]uint64, limit/64/bitmapPage+2)}
+}
+
+// set adds n+i for each bit i of m, of which there are at most 16, and reports
+// whether none was there.
+func (b *bitmap) set(n uint32, m uint64) bool {
+	low, high := b.word(n/64), m<<(n%64)
+	free := *low&high == 0
+	*low |= high
+	if rest := m >> 1 >> (63 - n%64); rest != 0 {
+		next := b.word(n/64 + 1)
+		free = free && *next&rest == 0
+		*next |= rest
+	}
+	return free
+}
+
+func (b *bitmap) word(i uint32) *uint64 {
+	p := &b.pages[i/bitmapPage]
+	if *p == nil {
+		*p = new([bitmapPage]uint64)
+	}
+	return &(*p)[i%bitmapPage]
+}
+
+// runs yields the runs of numbers in the set, in order.
+func (b *bitmap) runs() iter.Seq[extent] {
+	return func(yield func(extent) bool) {
+		var x extent
+		for i, p := range b.pages {
+			if p == nil {
+				continue
+			}
+			for k, w := range p {
+				first := uint32(i*bitmapPage+k) * 64
+				for w != 0 {
+					from := uint32(bits.TrailingZeros64(w))
+					n := uint32(bits.TrailingZeros64(^(w >> from)))
+					if x.n > 0 && x.end() == first+from {
+						x.n += n
+					} else if x.n > 0 && !yield(x) {
+						return
+					} else {
+						x = extent{first + from, n}
+					}
+					if from+n == 64 {
+						break
+					}
+					w &= ^uint64(0) << (from + n)
+				}
+			}
+		}
+		if x.n > 0 {
+			yield(x)
+		}
+	}
 }
 
 // readers knows who may still look at slots.

@@ -244,7 +244,7 @@ func (s *Store) Locate(e Entry, b int) (off int64, end int) {
 	return s.slotOff(slot), end
 }
 
-// InFile reports whether every stored block's bytes are in its slot of the file. Before
+// InFile reports whether every stored block's bytes are in its slot. Before
 // the first change after a crash some may still be in the log alone:
 // ReadStored finds them, who reads the file itself does not.
 func (s *Store) InFile() bool { return s.replayed.Load() == nil && s.broken.Load() == nil }

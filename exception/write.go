@@ -159,6 +159,7 @@ func (s *Store) straighten(c block.Chunk, b int, x extent) error {
 	s.live.set(c, n)
 	s.live.mark(c, all)
 	s.giveUp(e, e.Stored())
+	// Those between the blocks, which nothing was written to.
 	s.giveUp(makeEntry(home, ^all, 0), block.Bits(all.First(), all.Last()-all.First())&^all)
 	s.slots.drop(x)
 	s.grown.Add(1)

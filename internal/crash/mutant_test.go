@@ -142,7 +142,7 @@ var mutants = []mutant{
 		name: "row-changed", breaks: "2: a row comes to name another slot for a block",
 		file: "exception/write.go", mode: alone,
 		old: "hasRow && s.live.rowHasNone(old, m):\n\t\ts.setRow(old, b, x)",
-		new: "hasRow:\n\t\tfor i := range x.n {\n\t\t\ts.live.changeRowSlot(old, b+int(i), x.first+i)\n\t\t}",
+		new: "hasRow:\n\t\ts.setRow(old, b, x)",
 	},
 	{
 		name: "moved-not-dirty", breaks: "2: blocks that were copied to other slots are not synced there",
