@@ -314,6 +314,47 @@ func TestStalledClient(t *testing.T) {
 	}
 }
 
+// The kernel holds more than it would by default for those who send much, if
+// they are few.
+func TestWideConnections(t *testing.T) {
+	const maxWide = 64
+	const byDefault = 256 << 10 // bytes; net.core.wmem_default and one piece more
+	r := serveDevice(t, newMemDevice(testSize))
+	// unread is how much a client finds that asked for all and takes nothing.
+	unread := func() (*nbdclient.Client, int) {
+		c := r.dial(simple)
+		check(t, c.Send(repeat(c, 4, nbdclient.Request{Type: nbd.CmdRead, Length: 1 << 20})))
+		raw, err := c.Conn.(*net.UnixConn).SyscallConn()
+		check(t, err)
+		n, before := 0, -1
+		eventually(t, "the socket is full", func() bool {
+			time.Sleep(20 * time.Millisecond)
+			before = n
+			raw.Control(func(fd uintptr) { n, err = unix.IoctlGetInt(int(fd), unix.TIOCINQ) })
+			check(t, err)
+			return n > 0 && n == before
+		})
+		return c, n
+	}
+	var some *nbdclient.Client
+	for i := range maxWide {
+		c, n := unread()
+		some = c
+		if n <= byDefault {
+			t.Fatalf("%d bytes wait for client %d, expected more than %d", n, i, byDefault)
+		}
+	}
+	if _, n := unread(); n > byDefault {
+		t.Errorf("%d bytes wait for client %d, expected at most %d", n, maxWide, byDefault)
+	}
+	some.Close()
+	eventually(t, "another takes its place", func() bool {
+		c, n := unread()
+		defer c.Close()
+		return n > byDefault
+	})
+}
+
 func TestIdleTimeout(t *testing.T) {
 	dev, begun, release := slowDevice("read")
 	dev.cold = func(off, _ int64) bool { return off < 1<<20 }

@@ -13,6 +13,7 @@ import (
 
 	"github.com/cowdev/cowdev/block"
 	"github.com/cowdev/cowdev/internal/nbd"
+	"golang.org/x/sys/unix"
 )
 
 // handshakeGrace is how long a client that is still in the handshake may take
@@ -22,6 +23,12 @@ const handshakeGrace = 500 * time.Millisecond
 // linger is how long replies of workers may take to leave when the connection
 // ends because of an error.
 const linger = 5 * time.Second
+
+// How much unsent data the kernel keeps for connections that send much.
+const (
+	sendBuffer = 512 << 10 // bytes that it is asked for; it allows itself twice as many, with its own of each piece
+	maxWide    = 64        // connections
+)
 
 // A slice is what a connection is served before others have their turn, in
 // requests and pieces of their data: 0.1 to 0.2 ms. It is no less than a batch
@@ -58,6 +65,7 @@ type conn struct {
 	b       *batch       // replies that have not been sent; nil if there are none
 	inside  gate         // of the device, where this goroutine has a place; or nil
 	company int          // reads from the disk that are to go to workers, see aloneForNow
+	wide    bool         // the socket holds sendBuffer; set under out.mu
 	ending  bool         // requests are answered with errShuttingDown
 	synced  atomic.Int64 // nanoseconds that the last flush took
 
@@ -131,6 +139,9 @@ func (c *conn) transmission(agreed session) error {
 	raw := rawOf(c.nc)
 	c.in.init(c.nc, raw, c.awaitByte)
 	c.out.init(c.nc, raw, c.srv.cfg.IdleTimeout)
+	if _, ok := c.nc.(*net.UnixConn); ok {
+		c.out.widen = c.widen
+	}
 	defer c.in.release()
 	if dev, ok := agreed.export.Device.(block.Sessioner); ok {
 		c.view = dev.Session()
@@ -147,7 +158,20 @@ func (c *conn) transmission(agreed session) error {
 		c.sock.SetWriteDeadline(time.Now().Add(linger)) // replies of workers
 	}
 	c.jobs.wait()
+	if c.wide {
+		c.srv.wide.leave()
+	}
 	return err
+}
+
+// widen has a unix socket hold a batch, if few others do: one holds 208 KiB
+// by default, and server and client would take turns with pieces of that. The
+// kernel lets sockets of TCP grow by itself.
+func (c *conn) widen(fd uintptr) {
+	if c.srv.wide.tryEnter() {
+		c.wide = true
+		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer) // else it stays as it is
+	}
 }
 
 // rawOf returns the file descriptor's way into nc, or nil if nc is no socket.

@@ -36,6 +36,7 @@ type output struct {
 	pending     []unix.Iovec          // what writeSocket still has to send
 	impatient   bool                  // writeSocket returns rather than wait
 	writeSocket func(fd uintptr) bool // o.write, made once
+	widen       func(fd uintptr)      // makes the socket hold more, once it was full; or nil
 }
 
 func (o *output) init(nc net.Conn, raw syscall.RawConn, timeout time.Duration) {
@@ -146,7 +147,11 @@ func (o *output) write(fd uintptr) bool {
 			o.sent(uint64(n))
 		case unix.EINTR:
 		case unix.EAGAIN:
-			return o.impatient
+			if o.widen == nil {
+				return o.impatient
+			}
+			o.widen(fd)
+			o.widen = nil
 		default:
 			o.err = errno
 			return true

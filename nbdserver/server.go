@@ -98,6 +98,7 @@ type Server struct {
 	count   counters
 	workers workers
 	crowd   int64 // connections from which each is served in slices
+	wide    gate  // of connections whose sockets hold more than others'
 
 	mu        sync.Mutex
 	closing   bool
@@ -136,6 +137,7 @@ func New(cfg Config) (*Server, error) {
 		cfg:       cfg,
 		listeners: make(map[net.Listener]struct{}),
 		conns:     make(map[*conn]struct{}),
+		wide:      make(gate, maxWide),
 	}
 	s.log.to = cfg.ErrorLog
 	s.workers.init()

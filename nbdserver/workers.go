@@ -14,8 +14,8 @@ const (
 	maxParked  = 4096 // in devices that say MayBlock: most of them wait without a thread
 )
 
-// A gate is what calls of devices that may block go through: a place for each
-// that may be inside at once. Those on connections' own goroutines, those of
+// A gate has a place for each that may be inside at once. Calls of devices that
+// may block go through one. Those on connections' own goroutines, those of
 // workers and those that may be parked have gates of their own, so that a
 // device which hangs for one kind does not hold up the others.
 type gate chan struct{}
