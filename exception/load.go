@@ -6,6 +6,7 @@ import (
 	"io"
 	"iter"
 	"slices"
+	"sync"
 	"time"
 
 	"github.com/cowdev/cowdev/block"
@@ -171,6 +172,7 @@ func (s *Store) load() error {
 		return err
 	}
 	ld := &loader{s: s, limits: s.shape.limits(), pages: newPageSet(s.shape.tableLen())}
+	defer ld.ahead.Wait()
 	if !s.opts.ReadOnly {
 		if !s.adopted {
 			s.live.forget()
@@ -266,6 +268,7 @@ type loader struct {
 	into   []uint64
 	mem    []byte  // the memory of into
 	pages  pageSet // of the table: those that hold, or held, an entry
+	ahead  sync.WaitGroup
 }
 
 // put sets the entry of chunk c.
@@ -317,7 +320,7 @@ func (ld *loader) sectors(p []byte, n int64) error {
 			k++
 		}
 		if k >= populateFrom {
-			populate(ld.mem, n*pageWords*8, int64(k)*pageWords*8)
+			ld.populate(n*pageWords*8, int64(k)*pageWords*8)
 		}
 		for i := range k {
 			if err := ld.page(p[i*pageSize:][:pageSize], n+int64(i)); err != nil {
@@ -328,6 +331,17 @@ func (ld *loader) sectors(p []byte, n int64) error {
 		p, n = p[k*pageSize:], n+int64(k)
 	}
 	return nil
+}
+
+// populate asks for the memory of [off, off+n) of the table that is filled and,
+// at the same time, of the live table, which takes as long. What cannot be had
+// for that, publish will be told.
+func (ld *loader) populate(off, n int64) {
+	if live := ld.s.live; !ld.s.adopted && off < int64(len(live.entries))*8 {
+		n := min(n, int64(len(live.entries))*8-off)
+		ld.ahead.Go(func() { _ = live.area.Reserve(areaHead+off, n) })
+	}
+	populate(ld.mem, off, n)
 }
 
 // page reads page n of the table, which is not all zeros.
@@ -540,6 +554,7 @@ func scanLog(log []byte, h *Header) ([]*record, place, error) {
 
 // publish makes what was read the live table.
 func (ld *loader) publish() error {
+	ld.ahead.Wait()
 	live := ld.s.live
 	for from, to := range ld.runs() {
 		if err := live.area.Reserve(areaHead+from*8, (to-from)*8); err != nil {

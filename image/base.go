@@ -33,6 +33,8 @@ type Base struct {
 	path string
 	size int64
 	view *disk.Mapping // nil where the file cannot be mapped
+
+	begun func() (*Sample, error) // the sample that BeginSample began, until it is used; or nil
 }
 
 var _ block.Reader = (*Base)(nil)
@@ -183,6 +185,9 @@ func (b *Base) Extents(off, n int64, limit int) ([]block.Extent, error) {
 
 // Close gives up the lock and the mapping. No view may be in use.
 func (b *Base) Close() error {
+	if b.begun != nil {
+		b.begun()
+	}
 	var err error
 	if b.view != nil {
 		err = b.view.Close()

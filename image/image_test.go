@@ -380,3 +380,27 @@ func FuzzDecodeIdentity(f *testing.F) {
 		}
 	})
 }
+
+// TestBeginSample: a sample that was begun beforehand serves once.
+func TestBeginSample(t *testing.T) {
+	const size = 8 << 20
+	path := write(t, size, extent{0, size})
+	b := open(t, path)
+	identify := func() *Sample {
+		id, err := b.Identify(DigestSample)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return id.Sample
+	}
+	was := identify()
+	b.BeginSample()
+	if now := identify(); *now != *was {
+		t.Errorf("the sample that was begun is %x, expected %x", now.Root, was.Root)
+	}
+	change(t, path, 100, false)
+	if now := identify(); *now == *was {
+		t.Error("the sample is the one from before the base was changed")
+	}
+	b.BeginSample() // Close waits for it
+}

@@ -7,6 +7,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/zeebo/blake3"
@@ -44,8 +45,19 @@ func (b *Base) Identify(how Digests) (Identity, error) {
 	if id.Stamp, err = b.stamp(); err != nil || how == DigestOff {
 		return id, err
 	}
-	id.Sample, err = b.sample()
+	sample := b.sample
+	if b.begun != nil {
+		sample, b.begun = b.begun, nil
+	}
+	id.Sample, err = sample()
 	return id, err
+}
+
+// BeginSample begins to read the sample that the next Identify or Recognise
+// will want, beside what the caller does until then.
+func (b *Base) BeginSample() {
+	b.begun = sync.OnceValues(b.sample)
+	go b.begun()
 }
 
 // A Question is what a base is compared with, and how.

@@ -88,6 +88,9 @@ func openView(ctx context.Context, c *cli.Context, basePath, cowPath string, o v
 	if err != nil {
 		return nil, err
 	}
+	if o.look != image.DigestOff {
+		base.BeginSample()
+	}
 	v := &view{base: base}
 	if err := v.openStore(c, cowPath, o); err != nil {
 		base.Close()
