@@ -35,7 +35,7 @@ func (b *bench) trials(round int) ([]Extra, error) {
 		if !trialServers[k.Name] {
 			continue
 		}
-		for _, t := range []func(*peer.Kind) ([]Extra, error){b.mergeScattered, b.mergeSequential, b.space, b.synchronousSpace, b.large} {
+		for _, t := range []func(*peer.Kind) ([]Extra, error){b.mergeScattered, b.mergeSequential, b.mergeOnXFS, b.space, b.synchronousSpace, b.large} {
 			if err := b.ctx.Err(); err != nil {
 				return nil, err
 			}
@@ -58,6 +58,7 @@ func (b *bench) trials(round int) ([]Extra, error) {
 const (
 	scattered   = "merge of 512 MiB of scattered 4 KiB changes, with sync"
 	sequential4 = "merge of a 4 GiB sequential change, with sync"
+	onXFS       = "the same on a filesystem with reflinks (XFS on a loop device)"
 )
 
 // mergeScattered merges an eighth of a million of blocks into a base.
@@ -73,20 +74,43 @@ func (b *bench) mergeScattered(k *peer.Kind) ([]Extra, error) {
 
 // mergeSequential merges a change of all of a base that is one hole.
 func (b *bench) mergeSequential(k *peer.Kind) ([]Extra, error) {
-	base := filepath.Join(b.dir, "merged.img")
-	defer os.Remove(base)
-	if err := sparse(base, 4*gib); err != nil {
+	s, err := b.mergeAll(k, b.dir)
+	return []Extra{{Name: sequential4, Value: s, Unit: "s"}}, err
+}
+
+// mergeOnXFS is mergeSequential on a filesystem that knows reflinks; nothing
+// where that cannot be had.
+func (b *bench) mergeOnXFS(k *peer.Kind) (all []Extra, err error) {
+	img, at := filepath.Join(b.dir, "xfs.img"), filepath.Join(b.dir, "xfs")
+	defer os.Remove(img)
+	if err := errors.Join(sparse(img, 12*gib), os.MkdirAll(at, 0o755)); err != nil {
 		return nil, err
 	}
-	s, err := b.merge(k, base, load.Job{Op: load.Write, Block: mib, Sequential: true, Count: 4 * gib / mib})
-	return []Extra{{Name: sequential4, Value: s, Unit: "s"}}, err
+	defer os.Remove(at)
+	if err := errors.Join(peer.Run("mkfs.xfs", "-q", img), peer.Run("mount", "-o", "loop", img, at)); err != nil {
+		b.logf("no XFS on a loop device: %v", err)
+		return nil, nil
+	}
+	defer func() { err = errors.Join(err, peer.Run("umount", at)) }()
+	s, err := b.mergeAll(k, at)
+	return []Extra{{Name: onXFS, Value: s, Unit: "s"}}, err
+}
+
+// mergeAll merges a change of all of a base in dir that is one hole.
+func (b *bench) mergeAll(k *peer.Kind, dir string) (float64, error) {
+	base := filepath.Join(dir, "merged.img")
+	defer os.Remove(base)
+	if err := sparse(base, 4*gib); err != nil {
+		return 0, err
+	}
+	return b.merge(k, base, load.Job{Op: load.Write, Block: mib, Sequential: true, Count: 4 * gib / mib})
 }
 
 // merge makes a change by a server, and returns how long it takes, in seconds,
 // to have it in the base for good.
 func (b *bench) merge(k *peer.Kind, base string, change load.Job) (float64, error) {
 	change.Depth, change.Conns, change.Seed = 16, 1, 7
-	f, err := k.NewFiles(b.dir, base)
+	f, err := k.NewFiles(filepath.Dir(base), base)
 	defer f.Remove()
 	if err != nil {
 		return 0, err

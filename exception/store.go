@@ -276,6 +276,12 @@ func (s *Store) ReadStored(p []byte, c block.Chunk, e Entry, off int) error {
 	return nil
 }
 
+// ShareStored makes [off, off+n) of target the same blocks as the n bytes at at
+// in the store's file, where Locate found them and InFile says that they are.
+func (s *Store) ShareStored(target disk.Sharer, off, at, n int64) error {
+	return target.Share(off, s.file, at, n)
+}
+
 func (s *Store) readFile(p []byte, c block.Chunk, at int64) error {
 	n, err := s.file.ReadAt(p, at)
 	if n == len(p) {

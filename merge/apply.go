@@ -55,11 +55,53 @@ func runs(s *exception.Store) iter.Seq[run] {
 	}
 }
 
+// place returns where in the store's file the run lies, if all of it does in
+// one piece.
+func (r run) place(s *exception.Store) (at int64, whole bool) {
+	if r.state != block.Stored {
+		return 0, false
+	}
+	bs := s.Geometry().BlockSize()
+	at, end := s.Locate(r.entry, r.in/bs)
+	return at, end*bs >= r.in+r.n
+}
+
+// sharing says what is shared with the target rather than copied: stretches of
+// at least so many bytes, since what was written here and there would lie in
+// the base as it lay in the store; and in multiples of a filesystem's blocks.
+var sharing = struct{ least, align int64 }{1 << 20, 4 << 10}
+
+// maxStretch bounds the runs of a stretch.
+const maxStretch = 1024
+
+// A stretch is runs that lie one behind the other both on the device and in the
+// store's file.
+type stretch struct {
+	runs       []run
+	off, at, n int64
+}
+
+// precedes reports whether a run that lies at at in the file can be added.
+func (st *stretch) precedes(r run, at int64) bool {
+	return len(st.runs) < maxStretch && r.off == st.off+st.n && at == st.at+st.n
+}
+
+func (st *stretch) add(r run, at int64) {
+	if len(st.runs) == 0 {
+		st.off, st.at = r.off, at
+	}
+	st.runs = append(st.runs, r)
+	st.n += int64(r.n)
+}
+
+func (st *stretch) clear() { *st = stretch{runs: st.runs[:0]} }
+
 // A batch is a list of pieces to be written, with the bytes of all of them.
 type batch struct {
 	pieces []piece
 	buf    []byte
 	n      int
+	shared int64 // bytes that need not be written any more
 }
 
 // A piece is a run of bytes for the target, or of zeros.
@@ -89,10 +131,14 @@ func apply(ctx context.Context, target disk.File, s *exception.Store, progress f
 	for range batches {
 		free <- &batch{buf: make([]byte, batchSize)}
 	}
-	var readErr error // the reader's, once full is closed
+	fd := feeder{s: s, free: free, full: full}
+	if s.InFile() {
+		fd.target, _ = target.(disk.Sharer)
+	}
+	var readErr error // the feeder's, once full is closed
 	go func() {
 		defer close(full)
-		readErr = readAll(ctx, s, free, full)
+		readErr = fd.readAll(ctx)
 	}()
 	w := writer{target: target, progress: progress}
 	var err error
@@ -102,7 +148,7 @@ func apply(ctx context.Context, target disk.File, s *exception.Store, progress f
 				cancel()
 			}
 		}
-		b.pieces, b.n = b.pieces[:0], 0
+		b.pieces, b.n, b.shared = b.pieces[:0], 0, 0
 		free <- b
 	}
 	if err != nil {
@@ -111,23 +157,84 @@ func apply(ctx context.Context, target disk.File, s *exception.Store, progress f
 	return readErr
 }
 
-// readAll fills batches with the exceptions of s.
-func readAll(ctx context.Context, s *exception.Store, free <-chan *batch, full chan<- *batch) error {
-	b := <-free
-	for r := range runs(s) {
-		if b.n+r.n > len(b.buf) || len(b.pieces) == batchRuns {
-			full <- b
-			b = <-free
-		}
+// A feeder fills batches with the exceptions of s. What it can, it shares with
+// the target.
+type feeder struct {
+	s          *exception.Store
+	b          *batch
+	free, full chan *batch
+	target     disk.Sharer // nil where nothing can be shared
+	stretch    stretch     // what may become one shared piece
+}
+
+// readAll reads every exception.
+func (fd *feeder) readAll(ctx context.Context) error {
+	fd.b = <-fd.free
+	for r := range runs(fd.s) {
 		if err := ctx.Err(); err != nil {
 			return err
 		}
-		if err := b.read(s, r); err != nil {
+		if err := fd.take(r); err != nil {
 			return err
 		}
 	}
-	full <- b
+	if err := fd.endStretch(); err != nil {
+		return err
+	}
+	fd.full <- fd.b
 	return nil
+}
+
+// take reads a run, or puts it off to be shared with others.
+func (fd *feeder) take(r run) error {
+	if fd.target == nil {
+		return fd.read(r)
+	}
+	at, whole := r.place(fd.s)
+	if !whole || !fd.stretch.precedes(r, at) {
+		if err := fd.endStretch(); err != nil {
+			return err
+		}
+	}
+	if !whole {
+		return fd.read(r)
+	}
+	fd.stretch.add(r, at)
+	return nil
+}
+
+// endStretch shares the runs that were put off, or reads them.
+func (fd *feeder) endStretch() error {
+	st := &fd.stretch
+	defer st.clear()
+	if fd.target != nil && st.n >= sharing.least && (st.off|st.at|st.n)%sharing.align == 0 {
+		if fd.s.ShareStored(fd.target, st.off, st.at, st.n) == nil {
+			fd.b.shared += st.n
+			fd.pass()
+			return nil
+		}
+		fd.target = nil // what is wrong will be said by reading and writing it
+	}
+	for _, r := range st.runs {
+		if err := fd.read(r); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// read adds a run to the batch, or to the next.
+func (fd *feeder) read(r run) error {
+	if fd.b.n+r.n > len(fd.b.buf) || len(fd.b.pieces) == batchRuns {
+		fd.pass()
+	}
+	return fd.b.read(fd.s, r)
+}
+
+// pass hands the batch to the writer and begins another.
+func (fd *feeder) pass() {
+	fd.full <- fd.b
+	fd.b = <-fd.free
 }
 
 // read adds a run to the batch.
@@ -164,6 +271,7 @@ type starter interface{ StartSync() }
 
 func (w *writer) write(b *batch) error {
 	data := b.buf
+	w.done += b.shared
 	for _, p := range b.pieces {
 		if p.zero {
 			if err := w.zero(p); err != nil {

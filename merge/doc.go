@@ -11,7 +11,9 @@
 //  2. The store's state becomes Merging (R25). From now on the base's identity
 //     says nothing of ranges that have an exception.
 //  3. Stored blocks are written into the base, in order of their offsets and in
-//     large pieces; zeros become holes. What a crash leaves half written lies
+//     large pieces; zeros become holes. Where the filesystem can (reflink), the
+//     base is given the store's own blocks of what lies in one piece there, a
+//     MiB or more, and nothing is copied. What a crash leaves half written lies
 //     under an exception still.
 //  4. The base is made durable.
 //  5. The base's new identity is recorded, the state still being Merging.
@@ -26,5 +28,5 @@
 //
 // To leaves the base and the store as they are. The new image shares the
 // base's blocks where the filesystem can (reflink), and elsewhere gets its
-// data but not its holes. It is given its name only when it is complete.
+// data but not its holes; then the exceptions as above. It is given its name only when it is complete.
 package merge

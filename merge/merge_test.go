@@ -12,6 +12,8 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
+	"sync"
+	"sync/atomic"
 	"syscall"
 	"testing"
 
@@ -154,7 +156,19 @@ func differ(a, b []byte) int {
 	return -1
 }
 
-func TestInto(t *testing.T) {
+// eitherWay runs a test of merges that copy, and one of merges that share as
+// much as they can.
+func eitherWay(t *testing.T, test func(t *testing.T)) {
+	defer func(was struct{ least, align int64 }) { sharing = was }(sharing)
+	for name, least := range map[string]int64{"copied": 1 << 40, "shared": 1} {
+		sharing.least, sharing.align = least, 1
+		t.Run(name, test)
+	}
+}
+
+func TestInto(t *testing.T) { eitherWay(t, testInto) }
+
+func testInto(t *testing.T) {
 	for seed := range uint64(10) {
 		p := newPair(t, seed, 200_000+int(seed)*777)
 		s := p.open(t)
@@ -205,8 +219,10 @@ func TestIntoFreesZeros(t *testing.T) {
 }
 
 // TestIntoCrash takes crashes of both files at steps all over a merge.
-func TestIntoCrash(t *testing.T) {
-	seeds, every := uint64(4), 3
+func TestIntoCrash(t *testing.T) { eitherWay(t, testIntoCrash) }
+
+func testIntoCrash(t *testing.T) {
+	seeds, every := uint64(4), int64(3)
 	switch {
 	case os.Getenv("COWDEV_LONG") != "":
 		seeds, every = 200, 1
@@ -218,22 +234,21 @@ func TestIntoCrash(t *testing.T) {
 		p := newPair(t, seed, 60_000)
 		s := p.open(t)
 		rng := rand.New(rand.NewPCG(seed, 2))
-		step, busy := 0, false
+		var step atomic.Int64
+		var looking sync.Mutex
 		look := func(disktest.Op, disktest.Phase) {
-			step++
-			if step%every != 0 || busy {
+			step := step.Add(1)
+			if step%every != 0 || !looking.TryLock() {
 				return
 			}
-			busy = true
+			defer looking.Unlock()
 			states++
 			c := pair{base: p.base.Crash(rng), store: p.store.Crash(rng), want: p.want}
 			if err := c.check(t); err != nil {
 				t.Errorf("seed %d, crash at step %d: %v", seed, step, err)
 			}
-			busy = false
 		}
 		p.base.OnStep, p.store.OnStep = look, look
-		// One file's operation at a time, so that steps can be told again.
 		if err := p.merge(context.Background(), s); err != nil {
 			t.Fatal(err)
 		}
@@ -250,7 +265,9 @@ func TestIntoCrash(t *testing.T) {
 
 // TestIntoFailures fails each operation of either file in turn, until a merge
 // meets no failure.
-func TestIntoFailures(t *testing.T) {
+func TestIntoFailures(t *testing.T) { eitherWay(t, testIntoFailures) }
+
+func testIntoFailures(t *testing.T) {
 	for _, which := range []string{"base", "store"} {
 		for n := 1; ; n++ {
 			p := newPair(t, 5, 40_000)

@@ -46,3 +46,13 @@ type File interface {
 
 	Close() error
 }
+
+// A Sharer is a File that can have blocks in common with another.
+type Sharer interface {
+	// Share makes [off, off+n) the n bytes of from at at, without copying
+	// them: both files keep them until they are written again (reflink). The
+	// filesystem must know how, and hold both; off, at and n are multiples of
+	// its blocks, and n is more than 0. It is seen and made durable as by
+	// WriteAt. After an error nothing is known of the range.
+	Share(off int64, from File, at, n int64) error
+}

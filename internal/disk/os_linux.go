@@ -212,6 +212,17 @@ func (o *OS) StartSync() {
 	_ = unix.SyncFileRange(o.fd, 0, 0, unix.SYNC_FILE_RANGE_WRITE)
 }
 
+// Share implements Sharer.
+func (o *OS) Share(off int64, from File, at, n int64) error {
+	src, ok := from.(*OS)
+	if !ok || n <= 0 {
+		return errors.ErrUnsupported
+	}
+	return unix.IoctlFileCloneRange(o.fd, &unix.FileCloneRange{
+		Src_fd: int64(src.fd), Src_offset: uint64(at), Src_length: uint64(n), Dest_offset: uint64(off),
+	})
+}
+
 // PunchHole implements File. On a block device the range is zeroed, never
 // discarded: what a discarded range reads as is the device's affair.
 func (o *OS) PunchHole(off, n int64) error {

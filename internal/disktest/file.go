@@ -115,6 +115,16 @@ func (f *File) WriteVecAt(p [][]byte, off int64) error {
 	return err
 }
 
+// Share writes the n bytes of from, another File, at at.
+func (f *File) Share(off int64, from disk.File, at, n int64) error {
+	p := make([]byte, n)
+	if _, err := from.ReadAt(p, at); err != nil {
+		return err
+	}
+	_, err := f.WriteAt(p, off)
+	return err
+}
+
 // WriteSync writes p and makes it durable. When a fault is injected after all
 // of p was written, it is the sync that failed: the bytes may never reach the
 // disk.

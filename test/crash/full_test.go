@@ -21,8 +21,14 @@ const blockSize = 4096
 // skips the test where that cannot be had.
 func newSmallDisk(t *testing.T, n int64) string {
 	t.Helper()
+	return newDisk(t, n, "mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", "-E", "nodiscard")
+}
+
+// newDisk is newSmallDisk of a filesystem that mkfs makes.
+func newDisk(t *testing.T, n int64, mkfs string, args ...string) string {
+	t.Helper()
 	if os.Geteuid() != 0 {
-		t.Skip("mounting an ext4 filesystem: needs root")
+		t.Skip("mounting a filesystem: needs root")
 	}
 	dir := t.TempDir()
 	img, at := filepath.Join(dir, "img"), filepath.Join(dir, "at")
@@ -35,11 +41,11 @@ func newSmallDisk(t *testing.T, n int64) string {
 	if err := os.Mkdir(at, 0o755); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := command(patience, "mkfs.ext4", "-q", "-m", "0", "-O", "^has_journal", "-E", "nodiscard", img); err != nil {
-		t.Fatalf("mkfs.ext4: %v\n%s", err, out)
+	if out, err := command(patience, mkfs, append(args, img)...); err != nil {
+		t.Fatalf("%s: %v\n%s", mkfs, err, out)
 	}
 	if out, err := command(patience, "mount", "-o", "loop", img, at); err != nil {
-		t.Skipf("mounting an ext4 filesystem by a loop device: %v: %s", err, out)
+		t.Skipf("mounting a filesystem of %s by a loop device: %v: %s", mkfs, err, out)
 	}
 	t.Cleanup(func() {
 		if out, err := command(patience, "umount", at); err != nil {
