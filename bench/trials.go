@@ -164,7 +164,7 @@ func (b *bench) space(k *peer.Kind) ([]Extra, error) {
 
 // synchronousSpace measures the same with a flush after each.
 func (b *bench) synchronousSpace(k *peer.Kind) ([]Extra, error) {
-	return b.spaceOf(k, "4 KiB random writes, FLUSH after each", load.Job{Count: 3000, FlushEvery: 1})
+	return b.spaceOf(k, "4 KiB random writes, FLUSH after each", load.Job{Count: 20000, FlushEvery: 1})
 }
 
 func (b *bench) spaceOf(k *peer.Kind, what string, j load.Job) ([]Extra, error) {
