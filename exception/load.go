@@ -60,6 +60,7 @@ func open(f disk.File, o Options) (*Store, error) {
 		return nil, fmt.Errorf("memory for %d chunks: %w", h.Chunks(), err)
 	}
 	s.adopted = !h.Clean && s.live.valid(h.UUID, h.epoch)
+	keep := true // what another process left in memory
 	switch {
 	case s.adopted:
 	case o.ReadOnly:
@@ -68,10 +69,11 @@ func open(f disk.File, o Options) (*Store, error) {
 		err = s.distrust()
 	}
 	if err == nil {
+		keep = s.adopted
 		err = s.load()
 	}
 	if err != nil {
-		s.live.release(true)
+		s.live.release(keep)
 		if s.comMem != nil {
 			free(s.comMem)
 		}

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"os"
 	"sync"
 	"syscall"
 	"testing"
@@ -296,6 +297,24 @@ func TestFailedSyncBreaksTheStore(t *testing.T) {
 	}
 	if s.Broken() == nil {
 		t.Fatal("the store does not say that it is broken")
+	}
+}
+
+// A store that is refused leaves nothing in memory that outlasts the process.
+func TestRefusedStoreLeavesNoMemory(t *testing.T) {
+	s, f := newStore(t, exception.Options{})
+	put(t, s, 1, 0, 4096, 1)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	image := f.Bytes()
+	image[128<<10] ^= 1 // the table begins there
+	memory := exception.Shared{Dir: t.TempDir()}
+	if _, err := exception.Open(disktest.FromBytes(1, image), exception.Options{Memory: memory}); !errors.Is(err, exception.ErrCorrupt) {
+		t.Fatalf("damaged: %v, expected %v", err, exception.ErrCorrupt)
+	}
+	if left, err := os.ReadDir(memory.Dir); err != nil || len(left) > 0 {
+		t.Errorf("left in memory: %v, %v", left, err)
 	}
 }
 

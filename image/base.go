@@ -34,7 +34,7 @@ type Base struct {
 	size int64
 	view *disk.Mapping // nil where the file cannot be mapped
 
-	begun func() (*Sample, error) // the sample that BeginSample began, until it is used; or nil
+	begun func() (*Sample, error) // the sample that BeginSample began, until Recognise; or nil
 }
 
 var _ block.Reader = (*Base)(nil)

@@ -381,7 +381,7 @@ func FuzzDecodeIdentity(f *testing.F) {
 	})
 }
 
-// TestBeginSample: a sample that was begun beforehand serves once.
+// TestBeginSample: a sample that was begun beforehand serves Recognise, once.
 func TestBeginSample(t *testing.T) {
 	const size = 8 << 20
 	path := write(t, size, extent{0, size})
@@ -394,13 +394,23 @@ func TestBeginSample(t *testing.T) {
 		return id.Sample
 	}
 	was := identify()
-	b.BeginSample()
-	if now := identify(); *now != *was {
-		t.Errorf("the sample that was begun is %x, expected %x", now.Root, was.Root)
-	}
-	change(t, path, 100, false)
-	if now := identify(); *now == *was {
-		t.Error("the sample is the one from before the base was changed")
+	for _, look := range []Digests{DigestSample, DigestOff} {
+		change(t, path, 100, true)
+		id, err := b.Identify(DigestSample)
+		if err != nil {
+			t.Fatal(err)
+		}
+		b.BeginSample()
+		if _, err := b.begun(); err != nil {
+			t.Fatal(err)
+		}
+		change(t, path, 100, true)
+		if _, err := b.Recognise(context.Background(), Question{Was: id, Look: look}); err != nil {
+			t.Errorf("look %v, with the sample from before the change: %v", look, err)
+		}
+		if now := identify(); *now == *id.Sample || *now == *was {
+			t.Errorf("look %v: the sample is one from before the base was changed", look)
+		}
 	}
 	b.BeginSample() // Close waits for it
 }

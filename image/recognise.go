@@ -39,22 +39,21 @@ func ParseDigests(s string) (Digests, error) {
 }
 
 // Identify returns what can be told of b at once: all but the full digest.
-func (b *Base) Identify(how Digests) (Identity, error) {
+func (b *Base) Identify(how Digests) (Identity, error) { return b.identify(how, b.sample) }
+
+func (b *Base) identify(how Digests, sample func() (*Sample, error)) (Identity, error) {
 	id := Identity{Size: b.size, Device: b.f.IsDevice()}
 	var err error
 	if id.Stamp, err = b.stamp(); err != nil || how == DigestOff {
 		return id, err
 	}
-	sample := b.sample
-	if b.begun != nil {
-		sample, b.begun = b.begun, nil
-	}
 	id.Sample, err = sample()
 	return id, err
 }
 
-// BeginSample begins to read the sample that the next Identify or Recognise
-// will want, beside what the caller does until then.
+// BeginSample begins to read the sample that Recognise, called soon after, will
+// want, beside what the caller does until then. No other method may be called
+// at the same time.
 func (b *Base) BeginSample() {
 	b.begun = sync.OnceValues(b.sample)
 	go b.begun()
@@ -80,7 +79,12 @@ func (b *Base) Recognise(ctx context.Context, q Question) (Identity, error) {
 	if q.Was.Sample == nil {
 		q.Look = DigestOff
 	}
-	now, err := b.Identify(q.Look)
+	sample := b.sample
+	if b.begun != nil {
+		sample, b.begun = b.begun, nil
+		defer sample() // it ends, wanted or not
+	}
+	now, err := b.identify(q.Look, sample)
 	if err != nil {
 		return now, err
 	}

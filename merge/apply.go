@@ -123,8 +123,8 @@ func (b *batch) add(p piece) {
 }
 
 // apply writes every exception of s into target: one goroutine reads, this one
-// writes.
-func apply(ctx context.Context, target disk.File, s *exception.Store, progress func(int64)) error {
+// writes. What can be shared with sharer, which is target or nil, is.
+func apply(ctx context.Context, target disk.File, sharer disk.Sharer, s *exception.Store, progress func(int64)) error {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	free, full := make(chan *batch, batches), make(chan *batch, batches)
@@ -133,7 +133,7 @@ func apply(ctx context.Context, target disk.File, s *exception.Store, progress f
 	}
 	fd := feeder{s: s, free: free, full: full}
 	if s.InFile() {
-		fd.target, _ = target.(disk.Sharer)
+		fd.target = sharer
 	}
 	var readErr error // the feeder's, once full is closed
 	go func() {
@@ -196,7 +196,7 @@ func (fd *feeder) take(r run) error {
 			return err
 		}
 	}
-	if !whole {
+	if !whole || fd.target == nil {
 		return fd.read(r)
 	}
 	fd.stretch.add(r, at)

@@ -11,10 +11,10 @@
 //  2. The store's state becomes Merging (R25). From now on the base's identity
 //     says nothing of ranges that have an exception.
 //  3. Stored blocks are written into the base, in order of their offsets and in
-//     large pieces; zeros become holes. Where the filesystem can (reflink), the
-//     base is given the store's own blocks of what lies in one piece there, a
-//     MiB or more, and nothing is copied. What a crash leaves half written lies
-//     under an exception still.
+//     large pieces; zeros become holes. Beside that, where the filesystem can
+//     (reflink), the base is given the store's own blocks of what lies in one
+//     piece there, a MiB or more, and nothing is copied. What a crash leaves
+//     half written lies under an exception still.
 //  4. The base is made durable.
 //  5. The base's new identity is recorded, the state still being Merging.
 //  6. The exceptions are dropped (R24), or the store is removed.
@@ -28,5 +28,6 @@
 //
 // To leaves the base and the store as they are. The new image shares the
 // base's blocks where the filesystem can (reflink), and elsewhere gets its
-// data but not its holes; then the exceptions as above. It is given its name only when it is complete.
+// data but not its holes. The exceptions are copied in any case. It is given its
+// name only when it is complete.
 package merge

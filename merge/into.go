@@ -35,7 +35,8 @@ func Into(ctx context.Context, base disk.File, s *exception.Store, o Options) er
 			return fmt.Errorf("begin merging: %w", err)
 		}
 	}
-	if err := apply(ctx, base, s, o.Progress); err != nil {
+	sharer, _ := base.(disk.Sharer)
+	if err := apply(ctx, base, sharer, s, o.Progress); err != nil {
 		return err
 	}
 	if err := base.Sync(); err != nil {
@@ -76,7 +77,7 @@ func dropAll(s *exception.Store) error {
 // A Plan is what a merge would do.
 type Plan struct {
 	Chunks int64 // with an exception
-	Stored int64 // bytes to be written
+	Stored int64 // bytes to be written, or shared
 	Zero   int64 // bytes to be zeroed
 	Pieces int64 // runs of either
 }

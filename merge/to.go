@@ -57,7 +57,9 @@ func fill(ctx context.Context, v View, out *disk.OS, o Options) error {
 			return err
 		}
 	}
-	return apply(ctx, out, v.Store, o.Progress)
+	// The store stays in use: what it shared would need room anew to be
+	// written over.
+	return apply(ctx, out, nil, v.Store, o.Progress)
 }
 
 // clone makes out share all blocks of base, or reports false.

@@ -26,8 +26,8 @@ const linger = 5 * time.Second
 
 // How much unsent data the kernel keeps for connections that send much.
 const (
-	sendBuffer = 512 << 10 // bytes that it is asked for; it allows itself twice as many, with its own of each piece
-	maxWide    = 64        // connections
+	sendBuffer = 512 << 10 // bytes that it is asked for, and gives where net.core.wmem_max allows; doubled for its own needs
+	maxWide    = 64        // connections at a time
 )
 
 // A slice is what a connection is served before others have their turn, in
@@ -168,8 +168,12 @@ func (c *conn) transmission(agreed session) error {
 // by default, and server and client would take turns with pieces of that. The
 // kernel lets sockets of TCP grow by itself.
 func (c *conn) widen(fd uintptr) {
-	if c.srv.wide.tryEnter() {
-		c.wide = true
+	if !c.srv.wide.tryEnter() {
+		return
+	}
+	c.wide = true
+	// The kernel tells of twice what it was asked for.
+	if n, err := unix.GetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF); err == nil && n < 2*sendBuffer {
 		_ = unix.SetsockoptInt(int(fd), unix.SOL_SOCKET, unix.SO_SNDBUF, sendBuffer) // else it stays as it is
 	}
 }

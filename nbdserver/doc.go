@@ -63,8 +63,8 @@
 // goroutine's stack (TLS: what crypto/tls holds besides). A busy one holds at
 // most a receive buffer of 256 KiB, a batch of 64 KiB (with TLS and 256 KiB
 // of copies), and 2 MiB of buffers in workers; and for as long as a client
-// with full pipes takes no replies 2 MiB of copies of them. The kernel holds
-// what it has not taken: 208 KiB by default, 1 MiB for the first 64 connections
-// that fill a unix socket. Buffers come from
-// pools and go back to the runtime when nobody uses them.
+// with full pipes takes no replies 2 MiB of copies of them. Buffers come from
+// pools and go back to the runtime when nobody uses them. Besides, the kernel
+// holds what a client has not taken, until that closes its end: 208 KiB by
+// default; of connections that fill a unix socket up to 1 MiB, 64 at a time.
 package nbdserver

@@ -88,9 +88,6 @@ func openView(ctx context.Context, c *cli.Context, basePath, cowPath string, o v
 	if err != nil {
 		return nil, err
 	}
-	if o.look != image.DigestOff {
-		base.BeginSample()
-	}
 	v := &view{base: base}
 	if err := v.openStore(c, cowPath, o); err != nil {
 		base.Close()
@@ -156,6 +153,9 @@ func (v *view) openStore(c *cli.Context, path string, o viewOptions) error {
 			f.Close()
 			return err
 		}
+	}
+	if !made && !o.accept && o.look != image.DigestOff {
+		v.base.BeginSample()
 	}
 	o.store.ReadOnly = o.readOnly
 	store, err := exception.Open(f, o.store)
