@@ -5,6 +5,8 @@ import (
 	"context"
 	"fmt"
 	"iter"
+	"sync"
+	"sync/atomic"
 
 	"github.com/cowdev/cowdev/block"
 	"github.com/cowdev/cowdev/exception"
@@ -141,6 +143,7 @@ func apply(ctx context.Context, target disk.File, sharer disk.Sharer, s *excepti
 		readErr = fd.readAll(ctx)
 	}()
 	w := writer{target: target, progress: progress}
+	defer w.syncing.Wait()
 	var err error
 	for b := range full {
 		if err == nil {
@@ -264,9 +267,13 @@ type writer struct {
 	progress func(int64)
 	done     int64 // bytes dealt with
 	ahead    int64 // bytes written since the disk was last set to work
+
+	syncing sync.WaitGroup
+	busy    atomic.Bool // the disk is being set to work
 }
 
-// starter can set the disk to work on what was written, without waiting.
+// starter can set the disk to work on what was written, without waiting for it.
+// With many small pieces that takes longer than to write them.
 type starter interface{ StartSync() }
 
 func (w *writer) write(b *batch) error {
@@ -286,9 +293,12 @@ func (w *writer) write(b *batch) error {
 		}
 		w.done += p.n
 	}
-	if st, ok := w.target.(starter); ok && w.ahead >= syncAhead {
-		st.StartSync()
+	if st, ok := w.target.(starter); ok && w.ahead >= syncAhead && w.busy.CompareAndSwap(false, true) {
 		w.ahead = 0
+		w.syncing.Go(func() {
+			st.StartSync()
+			w.busy.Store(false)
+		})
 	}
 	if w.progress != nil {
 		w.progress(w.done)
