@@ -87,9 +87,6 @@ func New(origin Origin, s *exception.Store, o Options) *Device {
 		return &b
 	}
 	d.gatherers.New = func() any { return &gatherer{batch: s.NewBatch()} }
-	if o.View != nil {
-		s.OverwriteBy(o.View.Overwrite)
-	}
 	if d.opts.Log == nil {
 		d.opts.Log = func(string, ...any) {}
 	}

@@ -2,9 +2,10 @@ package exception
 
 import "github.com/cowdev/cowdev/block"
 
-// maxBatch is how many blocks a Batch writes at once: larger writes make larger
-// folios in the page cache, of which a later short overwrite is dearer.
-const maxBatch = block.BlocksPerChunk
+// maxNew is how many bytes new slots get at once: longer writes make larger
+// folios in the page cache, all of whose blocks ext4 looks at in each later
+// write to one of them.
+const maxNew = 16 << 10
 
 // A Batch gathers short writes of chunks that lie anywhere, whose new blocks
 // then take neighbouring slots and one system call. It is used by one
@@ -15,6 +16,7 @@ type Batch struct {
 	writes []gathered
 	vecs   [][]byte
 	blocks int // of writes
+	most   int // of blocks
 }
 
 type gathered struct {
@@ -24,7 +26,9 @@ type gathered struct {
 }
 
 // NewBatch returns an empty batch.
-func (s *Store) NewBatch() *Batch { return &Batch{s: s} }
+func (s *Store) NewBatch() *Batch {
+	return &Batch{s: s, most: min(max(1, maxNew/s.geo.BlockSize()), block.BlocksPerChunk)}
+}
 
 // Add takes the write of p at off of chunk c, and reports whether it could. It
 // cannot when p is not whole blocks, or somebody else or the batch itself holds
@@ -34,7 +38,7 @@ func (s *Store) NewBatch() *Batch { return &Batch{s: s} }
 func (b *Batch) Add(c block.Chunk, off int, p []byte) (added, putOff bool) {
 	s, bs := b.s, b.s.geo.BlockSize()
 	n := len(p) / bs
-	if n == 0 || off%bs != 0 || len(p)%bs != 0 || b.blocks+n > maxBatch || s.writable() != nil || !s.live.tryClaim(c) {
+	if n == 0 || off%bs != 0 || len(p)%bs != 0 || b.blocks+n > b.most || s.writable() != nil || !s.live.tryClaim(c) {
 		return false, false
 	}
 	switch m := block.Bits(off/bs, n); s.live.load(c).Stored() & m {
@@ -44,7 +48,7 @@ func (b *Batch) Add(c block.Chunk, off int, p []byte) (added, putOff bool) {
 		b.blocks += n
 		return true, true
 	case m:
-		err := s.putBytes(c, off, p, true)
+		err := s.Put(c, off, p)
 		s.Release(c)
 		return err == nil, false
 	}

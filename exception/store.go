@@ -182,8 +182,6 @@ type Store struct {
 
 	besideMu sync.Mutex // held while what runs beside the committer syncs
 
-	overwrite func(p []byte, off int64) bool // see OverwriteBy; nil for none
-
 	broken  atomic.Pointer[breakage]
 	adopted bool // the live table is that of a dead process
 
@@ -202,11 +200,6 @@ func (s *Store) Header() Header {
 	defer s.superMu.Unlock()
 	return s.header
 }
-
-// OverwriteBy makes f the way that short writes to stored blocks are tried
-// first, where the file has bytes already: see disk.Mapping.Overwrite. It is
-// called before any change.
-func (s *Store) OverwriteBy(f func(p []byte, off int64) bool) { s.overwrite = f }
 
 // Geometry returns the device's shape.
 func (s *Store) Geometry() block.Geometry { return s.geo }

@@ -8,11 +8,6 @@ import (
 	"github.com/cowdev/cowdev/block"
 )
 
-// maxOverwrite is the longest write, in bytes, that is tried without a system
-// call; the first copy to a page after it was written out costs a fault, and a
-// longer one more of them than one call would.
-const maxOverwrite = 16 << 10
-
 // Put writes p at off of chunk c, and makes the blocks it touches stored. The
 // caller holds the claim; a block that is not stored yet is written whole, to
 // its end or the device's.
@@ -20,11 +15,7 @@ const maxOverwrite = 16 << 10
 // When Put returns nil the bytes are seen by every reader, outlive the process
 // (if the memory lasts), and are durable after the next Flush. After an error
 // each sector of the range is its old or its new self.
-func (s *Store) Put(c block.Chunk, off int, p []byte) error { return s.putBytes(c, off, p, false) }
-
-// putBytes is Put; several says that it is one of several writes, which are worth a
-// fault for each page that they save system calls of.
-func (s *Store) putBytes(c block.Chunk, off int, p []byte, several bool) error {
+func (s *Store) Put(c block.Chunk, off int, p []byte) error {
 	if err := s.writable(); err != nil {
 		return err
 	}
@@ -39,7 +30,7 @@ func (s *Store) putBytes(c block.Chunk, off int, p []byte, several bool) error {
 		if e.Stored().Has(b) {
 			slot, end := s.live.run(e, b)
 			n = min(len(p), end*bs-off)
-			err = s.putAgain(c, off, p[:n], s.slotOff(slot)+int64(off-b*bs), several)
+			err = s.putAgain(c, off, p[:n], s.slotOff(slot)+int64(off-b*bs))
 		} else {
 			end, _ := e.Stored().Run(b)
 			n, err = s.putNew(c, b, p[:min(len(p), end*bs-off)])
@@ -54,15 +45,13 @@ func (s *Store) putBytes(c block.Chunk, off int, p []byte, several bool) error {
 
 // putAgain writes p, which lies at off of chunk c, over stored blocks whose
 // bytes lie at the offset at.
-func (s *Store) putAgain(c block.Chunk, off int, p []byte, at int64, several bool) error {
+func (s *Store) putAgain(c block.Chunk, off int, p []byte, at int64) error {
 	touched, _ := s.geo.Cover(c, off, len(p))
-	if !several || s.overwrite == nil || len(p) > maxOverwrite || !s.overwrite(p, at) {
-		if _, err := s.file.WriteAt(p, at); err != nil {
-			// What was overwritten before the error can be read, so it is
-			// durable after the next Flush, as all that is read.
-			s.live.mark(c, touched)
-			return s.writeError(c, at, err)
-		}
+	if _, err := s.file.WriteAt(p, at); err != nil {
+		// What was overwritten before the error can be read, so it is
+		// durable after the next Flush, as all that is read.
+		s.live.mark(c, touched)
+		return s.writeError(c, at, err)
 	}
 	s.live.mark(c, touched)
 	return nil
@@ -83,7 +72,12 @@ func (s *Store) putNew(c block.Chunk, b int, p []byte) (int, error) {
 	s.grow(x)
 	p = p[:min(len(p), int(x.n)*bs)]
 	at := s.slotOff(x.first)
-	if _, err = s.file.WriteAt(p, at); err != nil {
+	for rest, to := p, at; len(rest) > 0 && err == nil; {
+		n := min(len(rest), maxNew)
+		_, err = s.file.WriteAt(rest[:n], to)
+		rest, to = rest[n:], to+int64(n)
+	}
+	if err != nil {
 		err = s.writeError(c, at, err)
 	} else {
 		err = s.publish(c, b, x)

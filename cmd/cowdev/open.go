@@ -101,14 +101,14 @@ func openView(ctx context.Context, c *cli.Context, basePath, cowPath string, o v
 	if format := base.Sniff(); format != "" && o.format == "" {
 		warn(c, "%s: looks like %s, and is served raw as it is; --format raw if that is meant", basePath, format)
 	}
-	o.cow.View = v.mapStore(!o.readOnly)
+	o.cow.View = v.mapStore()
 	v.device = cow.New(base, v.store, o.cow)
 	return v, nil
 }
 
 // mapStore maps the store's file as large as it can become, or returns nil;
-// then stored blocks are read and overwritten by system calls.
-func (v *view) mapStore(overwrite bool) *disk.Mapping {
+// then stored blocks are read by system calls.
+func (v *view) mapStore() *disk.Mapping {
 	const most = 16 << 40 // of address space
 	// A slot for each block, and as many that wait to be given back.
 	n := min(2*v.base.Size()+v.base.Size()/64+4<<30, most)
@@ -118,9 +118,6 @@ func (v *view) mapStore(overwrite bool) *disk.Mapping {
 	m, err := disk.NewMapping(v.file.File(), n)
 	if err != nil {
 		return nil
-	}
-	if overwrite {
-		_ = m.AllowOverwrite()
 	}
 	return m
 }

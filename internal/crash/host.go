@@ -3,7 +3,6 @@ package crash
 import (
 	"fmt"
 	"io"
-	"sync/atomic"
 	"time"
 
 	"github.com/cowdev/cowdev/block"
@@ -73,25 +72,7 @@ func (h *memoryHost) Start(f *disktest.File, m exception.Memory) (Session, error
 	if err != nil {
 		return nil, err
 	}
-	if h.sessions%2 == 0 {
-		s.OverwriteBy(mapped(f))
-	}
 	return &memorySession{mem: m.(*Memory), store: s, dev: dev}, nil
-}
-
-// mapped returns what disk.Mapping.Overwrite would be for f: it may have done
-// half of its work when it says that it could not.
-func mapped(f *disktest.File) func(p []byte, off int64) bool {
-	var calls atomic.Int64
-	return func(p []byte, off int64) bool {
-		if calls.Add(1)%5 == 0 {
-			half := (off+int64(len(p))/2)/sectorSize*sectorSize - off
-			f.WriteAt(p[:max(0, half)], off)
-			return false
-		}
-		_, err := f.WriteAt(p, off)
-		return err == nil
-	}
 }
 
 type memorySession struct {

@@ -99,7 +99,7 @@ var mutants = []mutant{
 	{
 		name: "failed-overwrite-not-dirty", breaks: "3a: what a failed overwrite put in place is read, and not flushed",
 		file: "exception/write.go", mode: alone,
-		old: "\t\t\ts.live.mark(c, touched)\n",
+		old: "\t\ts.live.mark(c, touched)\n",
 		new: "",
 	},
 	{

@@ -83,9 +83,6 @@ func newStress(t *testing.T, geo block.Geometry) *stress {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := m.AllowOverwrite(); err != nil {
-		t.Fatal(err)
-	}
 	store, err := exception.Open(f, exception.Options{Interval: 10 * time.Millisecond})
 	if err != nil {
 		t.Fatal(err)

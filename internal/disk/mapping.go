@@ -3,7 +3,6 @@ package disk
 import (
 	"fmt"
 	"os"
-	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -40,7 +39,6 @@ type Mapping struct {
 	proven []uint64
 	bitmap []byte // the memory of proven
 
-	writable bool
 	asks     bool // the kernel tells us what is in memory
 	forgets  atomic.Bool
 	mu       sync.Mutex // held while proven is cleared
@@ -97,42 +95,6 @@ func (m *Mapping) View(vecs [][]byte, off, n int64) ([][]byte, bool) {
 		}
 	}
 	return append(vecs, m.data[off:end:end]), true
-}
-
-// AllowOverwrite makes the mapping of a file that was opened for writing one
-// that Overwrite can use. It is called before anything else.
-func (m *Mapping) AllowOverwrite() error {
-	err := unix.Mprotect(m.data, unix.PROT_READ|unix.PROT_WRITE)
-	m.writable = err == nil
-	return err
-}
-
-// Overwrite copies p to off, where the file must have had bytes before, not a
-// hole. It is a write like any other to whoever reads or syncs the file, but
-// costs no system call. It reports whether it could do so: that needs a
-// mapping that allows it and pages which are in memory. After false some of p
-// may be there already.
-func (m *Mapping) Overwrite(p []byte, off int64) (done bool) {
-	if !m.writable {
-		return false
-	}
-	var room [1][]byte
-	pieces, ok := m.View(room[:0], off, int64(len(p)))
-	if !ok || len(p) == 0 {
-		return ok
-	}
-	// A page may be gone by now, and fail to be read again.
-	defer debug.SetPanicOnFault(debug.SetPanicOnFault(true))
-	defer func() {
-		if v := recover(); v != nil {
-			if _, fault := v.(interface{ Addr() uintptr }); !fault {
-				panic(v)
-			}
-			done = false
-		}
-	}()
-	copy(pieces[0], p)
-	return true
 }
 
 // Prefetch begins to bring [off, off+n) into memory.

@@ -100,41 +100,6 @@ func TestProof(t *testing.T) {
 	}
 }
 
-func TestOverwrite(t *testing.T) {
-	const size = 4 * pageSize
-	m, o, want := mapTest(t, size, size)
-	if !m.asks {
-		t.Skip("the kernel does not tell what is in memory")
-	}
-	if m.Overwrite([]byte{2}, 0) {
-		t.Error("done without AllowOverwrite")
-	}
-	if err := m.AllowOverwrite(); err != nil {
-		t.Fatal(err)
-	}
-	copy(want[pageSize-5:], bytes.Repeat([]byte{2}, 10))
-	if !m.Overwrite(want[pageSize-5:pageSize+5], pageSize-5) {
-		t.Fatal("not done, though the pages are in memory")
-	}
-	got := make([]byte, size)
-	if _, err := o.ReadAt(got, 0); err != nil || !bytes.Equal(got, want) {
-		t.Errorf("the file has other bytes than the mapping (error %v)", err)
-	}
-	if err := o.Sync(); err != nil {
-		t.Error(err)
-	}
-	if m.Overwrite(make([]byte, pageSize), size) {
-		t.Error("done beyond the end")
-	}
-	// A page that is gone, though it was proven: a fault, not the end.
-	if err := o.Truncate(pageSize); err != nil {
-		t.Fatal(err)
-	}
-	if m.Overwrite(make([]byte, 2*pageSize), 0) {
-		t.Error("done on a page that the file has no more")
-	}
-}
-
 func TestMappingConcurrent(t *testing.T) {
 	const n = 1 << 20
 	m, _, data := mapTest(t, n, n)

@@ -88,7 +88,12 @@ type fullCase struct {
 }
 
 func newFullCase(t *testing.T, flags ...string) *fullCase {
-	c := &fullCase{t: t, dir: newSmallDisk(t, 32<<20), flags: flags, known: newKnown(64 << 20)}
+	return newFullCaseOn(t, newSmallDisk(t, 32<<20), flags...)
+}
+
+// newFullCaseOn is newFullCase with the store in dir.
+func newFullCaseOn(t *testing.T, dir string, flags ...string) *fullCase {
+	c := &fullCase{t: t, dir: dir, flags: flags, known: newKnown(64 << 20)}
 	sockets := shortDir(t)
 	c.base, c.store = filepath.Join(sockets, "base"), filepath.Join(c.dir, "cow")
 	f, err := os.Create(c.base)

@@ -1,8 +1,7 @@
 package cow_test
 
-// A device whose stored blocks are overwritten through a mapping of the
-// store's file, held against a plain slice of bytes: what is written is read,
-// flushed and found again like any other write.
+// A device over a real file, read through a mapping of it, held against a plain
+// slice of bytes: what is written is read, flushed and found again.
 
 import (
 	"bytes"
@@ -17,7 +16,7 @@ import (
 	"github.com/cowdev/cowdev/internal/disk"
 )
 
-// newStore makes a store in f and opens it, with a mapping that overwrites.
+// newStore makes a store in f and opens it, with a mapping of it.
 func newStore(tb testing.TB, f *disk.OS, p exception.Params) (*exception.Store, *disk.Mapping) {
 	tb.Helper()
 	if err := exception.Create(f, p); err != nil {
@@ -31,13 +30,10 @@ func newStore(tb testing.TB, f *disk.OS, p exception.Params) (*exception.Store, 
 	if err != nil {
 		tb.Fatal(err)
 	}
-	if err := m.AllowOverwrite(); err != nil {
-		tb.Fatal(err)
-	}
 	return s, m
 }
 
-func TestOverwriteByMapping(t *testing.T) {
+func TestRealFile(t *testing.T) {
 	const size, writes = 64 * 8192, 3000
 	path := filepath.Join(t.TempDir(), "store")
 	open := func(flags int) *disk.OS {
