@@ -1,7 +1,8 @@
 package cow_test
 
-// A device over a real file, read through a mapping of it, held against a plain
-// slice of bytes: what is written is read, flushed and found again.
+// A device over a real file, read by system calls and through a mapping of it,
+// held against a plain slice of bytes: what is written is read, flushed and
+// found again.
 
 import (
 	"bytes"
@@ -33,6 +34,13 @@ func newStore(tb testing.TB, f *disk.OS, p exception.Params) (*exception.Store, 
 	return s, m
 }
 
+// shown is a base whose bytes can be sent from where they lie.
+type shown struct{ base }
+
+func (s shown) View(vecs [][]byte, off, n int64) ([][]byte, bool) {
+	return append(vecs, s.base[off:off+n]), true
+}
+
 func TestRealFile(t *testing.T) {
 	const size, writes = 64 * 8192, 3000
 	path := filepath.Join(t.TempDir(), "store")
@@ -46,7 +54,7 @@ func TestRealFile(t *testing.T) {
 	geo := block.Geometry{Size: size, ChunkSize: 8192}
 	f := open(os.O_RDWR | os.O_CREATE)
 	store, m := newStore(t, f, exception.Params{Geometry: geo, LogSize: 64 << 10})
-	origin := make(base, size)
+	origin := shown{make(base, size)}
 	d := cow.New(origin, store, cow.Options{View: m})
 	want := make([]byte, size)
 	rng := rand.New(rand.NewPCG(1, 2))
@@ -87,6 +95,15 @@ func TestRealFile(t *testing.T) {
 		}
 	}
 	compare("open", d)
+	session := d.Session()
+	for off := int64(0); off < size; off += 8192 {
+		pieces, ok := session.View(nil, off, 8192)
+		if got := bytes.Join(pieces, nil); !ok || !bytes.Equal(got, want[off:off+8192]) {
+			t.Fatalf("mapped, %v: other bytes than were written in the chunk at %d", ok, off)
+		}
+	}
+	session.Done()
+	session.Close()
 	if err := d.Close(); err != nil {
 		t.Fatal(err)
 	}

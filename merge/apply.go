@@ -135,7 +135,7 @@ func apply(ctx context.Context, target disk.File, sharer disk.Sharer, s *excepti
 	}
 	fd := feeder{s: s, free: free, full: full}
 	if s.InFile() {
-		fd.target = sharer
+		fd.sharer = sharer
 	}
 	var readErr error // the feeder's, once full is closed
 	go func() {
@@ -166,7 +166,7 @@ type feeder struct {
 	s          *exception.Store
 	b          *batch
 	free, full chan *batch
-	target     disk.Sharer // nil where nothing can be shared
+	sharer     disk.Sharer // the target; nil where nothing can be shared
 	stretch    stretch     // what may become one shared piece
 }
 
@@ -190,7 +190,7 @@ func (fd *feeder) readAll(ctx context.Context) error {
 
 // take reads a run, or puts it off to be shared with others.
 func (fd *feeder) take(r run) error {
-	if fd.target == nil {
+	if fd.sharer == nil {
 		return fd.read(r)
 	}
 	at, whole := r.place(fd.s)
@@ -199,7 +199,7 @@ func (fd *feeder) take(r run) error {
 			return err
 		}
 	}
-	if !whole || fd.target == nil {
+	if !whole || fd.sharer == nil {
 		return fd.read(r)
 	}
 	fd.stretch.add(r, at)
@@ -210,13 +210,13 @@ func (fd *feeder) take(r run) error {
 func (fd *feeder) endStretch() error {
 	st := &fd.stretch
 	defer st.clear()
-	if fd.target != nil && st.n >= sharing.least && (st.off|st.at|st.n)%sharing.align == 0 {
-		if fd.s.ShareStored(fd.target, st.off, st.at, st.n) == nil {
+	if fd.sharer != nil && st.n >= sharing.least && (st.off|st.at|st.n)%sharing.align == 0 {
+		if fd.s.ShareStored(fd.sharer, st.off, st.at, st.n) == nil {
 			fd.b.shared += st.n
 			fd.pass()
 			return nil
 		}
-		fd.target = nil // what is wrong will be said by reading and writing it
+		fd.sharer = nil // what is wrong will be said by reading and writing it
 	}
 	for _, r := range st.runs {
 		if err := fd.read(r); err != nil {

@@ -115,10 +115,7 @@ func (v *view) mapStore() *disk.Mapping {
 	if v.file.IsDevice() {
 		n, _ = v.file.Size()
 	}
-	m, err := disk.NewMapping(v.file.File(), n)
-	if err != nil {
-		return nil
-	}
+	m, _ := disk.NewMapping(v.file.File(), n)
 	return m
 }
 
@@ -152,7 +149,7 @@ func (v *view) openStore(c *cli.Context, path string, o viewOptions) error {
 		}
 	}
 	if !made && !o.accept && o.look != image.DigestOff {
-		v.base.BeginSample()
+		v.base.BeginSample() // for recognise, while the store is loaded
 	}
 	o.store.ReadOnly = o.readOnly
 	store, err := exception.Open(f, o.store)

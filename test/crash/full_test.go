@@ -9,6 +9,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -313,28 +314,69 @@ func TestFullDiskMerge(t *testing.T) {
 	if err := c.server.close(); err != nil {
 		t.Fatal(err)
 	}
-	base := filepath.Join(c.dir, "base")
-	if out, err := command(patience, "cp", "-p", "--sparse=always", c.base, base); err != nil {
-		t.Fatalf("cp: %v\n%s", err, out)
-	}
-	c.base = base
+	c.bringBase()
 	ballast := fill(t, c.dir)
-	out, err := command(patience, program, "merge", "--quiet", "--format=raw", "--base-digest=sample", base, c.store)
+	out, err := c.merge()
 	if err == nil || !strings.Contains(out, "no space") {
 		t.Fatalf("merge without room: %v\n%s", err, out)
 	}
 	if err := os.Remove(ballast); err != nil {
 		t.Fatal(err)
 	}
-	if out, err := command(patience, program, "merge", "--quiet", "--format=raw", "--base-digest=sample", base, c.store); err != nil {
+	if out, err := c.merge(); err != nil {
 		t.Fatalf("merge taken up again: %v\n%s", err, out)
 	}
-	p, err := os.ReadFile(base)
+	c.checkMerged()
+}
+
+// bringBase copies the base to the filesystem of the store, with its times and
+// holes, and goes on with the copy.
+func (c *fullCase) bringBase() {
+	c.t.Helper()
+	base := filepath.Join(c.dir, "base")
+	if out, err := command(patience, "cp", "-p", "--sparse=always", c.base, base); err != nil {
+		c.t.Fatalf("cp: %v\n%s", err, out)
+	}
+	c.base = base
+}
+
+// merge runs `cowdev merge`, in place.
+func (c *fullCase) merge() (out string, err error) {
+	return command(patience, program, "merge", "--quiet", "--format=raw", "--base-digest=sample", c.base, c.store)
+}
+
+// checkMerged holds the base against the device's content, and checks the store.
+func (c *fullCase) checkMerged() {
+	c.t.Helper()
+	p, err := os.ReadFile(c.base)
 	if err != nil {
-		t.Fatal(err)
+		c.t.Fatal(err)
 	}
 	if at := differs(p, c.content); at >= 0 {
-		t.Fatalf("sector %d of the merged base reads as %s, was written as %s", at, describe(p, at), describe(c.content, at))
+		c.t.Fatalf("sector %d of the merged base reads as %s, was written as %s", at, describe(p, at), describe(c.content, at))
 	}
 	c.check()
+}
+
+// written returns the bytes that were ever written to the disk of the case's
+// filesystem, of which nothing is left to be written.
+func (c *fullCase) written() int64 {
+	c.t.Helper()
+	if out, err := command(patience, "sync", "-f", c.dir); err != nil {
+		c.t.Fatalf("sync: %v\n%s", err, out)
+	}
+	source, err := command(patience, "findmnt", "-n", "-o", "SOURCE", c.dir)
+	if err != nil {
+		c.t.Fatalf("findmnt: %v\n%s", err, source)
+	}
+	stat, err := os.ReadFile(filepath.Join("/sys/block", filepath.Base(strings.TrimSpace(source)), "stat"))
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	const sectorsWritten = 6 // Documentation/block/stat.rst
+	n, err := strconv.ParseInt(strings.Fields(string(stat))[sectorsWritten], 10, 64)
+	if err != nil {
+		c.t.Fatal(err)
+	}
+	return n * 512
 }
