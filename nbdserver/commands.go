@@ -215,6 +215,7 @@ func zeroDevice(d block.Device, r *request) error {
 
 // changed answers a request that changed the device, or failed to with err.
 func (c *conn) changed(r *request, err error) error {
+	c.rhythm.changed()
 	if err != nil {
 		c.failDevice(r, err)
 		return nil
@@ -234,6 +235,10 @@ func (c *conn) changed(r *request, err error) error {
 // It is done here when nothing follows that would have to wait and flushes
 // have been quick: a lone client should not pay for a change of goroutines.
 func (c *conn) sync(r *request) error {
+	if err := c.rhythm.flushed(c.srv.flushes.Add(1)); err != nil {
+		c.failDevice(r, err)
+		return nil
+	}
 	if len(c.in.have()) > 0 || c.synced.Load() > int64(quickSync) {
 		j := newJob(c, r)
 		j.flushOnly = true
@@ -245,10 +250,7 @@ func (c *conn) sync(r *request) error {
 	if err := c.enter(); err != nil {
 		return err
 	}
-	began := time.Now()
-	err := c.export.Device.Flush()
-	c.synced.Store(int64(time.Since(began)))
-	if err != nil {
+	if _, err := c.flushDevice(); err != nil {
 		c.failDevice(r, err)
 		return nil
 	}

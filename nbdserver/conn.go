@@ -59,6 +59,7 @@ type conn struct {
 	gathered *gatherer         // WRITEs that were put off; nil if there are none
 	cold     *coldGroup        // READs that were put off; nil if there are none
 	patience patience
+	rhythm   rhythm
 
 	in      input
 	out     output
@@ -202,6 +203,9 @@ func (c *conn) requests() error {
 			err = andThen(err, c.startCold())
 		}
 		err = andThen(err, c.flush())
+		if err == nil {
+			err = c.flushAhead()
+		}
 		if err != nil {
 			return err
 		}

@@ -25,6 +25,11 @@
 // before any other request of the connection is served, and before more is
 // read.
 //
+// A client that flushed four times in a row after as many changes each, while no
+// other did, and now has made as many again and waits, has the device flushed
+// at once (rhythm). What that comes to is the answer to its FLUSH if it is an
+// error; else the device is asked again, and has nothing to do.
+//
 // What may take long goes to a worker (job) and is answered when it is done,
 // out of order, as NBD allows: a READ of more than 1 MiB, or of bytes that are
 // not known to be in memory unless it is small and alone; a change with FUA

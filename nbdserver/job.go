@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"io"
 	"sync"
-	"time"
 
 	"github.com/cowdev/cowdev/block"
 	"github.com/cowdev/cowdev/internal/nbd"
@@ -96,10 +95,9 @@ func (j *job) change(do func(d block.Device) error) error {
 		err = j.inDevice(do)
 	}
 	if err == nil && (j.flushOnly || j.req.flags&nbd.CmdFlagFUA != 0) {
-		err = j.inDevice(func(d block.Device) error {
-			began := time.Now()
-			defer func() { j.c.synced.Store(int64(time.Since(began))) }()
-			return d.Flush()
+		err = j.inDevice(func(block.Device) error {
+			_, err := j.c.flushDevice()
+			return err
 		})
 	}
 	if err != nil {

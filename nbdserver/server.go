@@ -97,8 +97,9 @@ type Server struct {
 	log     limitedLog
 	count   counters
 	workers workers
-	crowd   int64 // connections from which each is served in slices
-	wide    gate  // of connections whose sockets hold more than others'
+	crowd   int64         // connections from which each is served in slices
+	wide    gate          // of connections whose sockets hold more than others'
+	flushes atomic.Uint64 // FLUSHes that were asked for, by flag too
 
 	mu        sync.Mutex
 	closing   bool
