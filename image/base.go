@@ -29,10 +29,11 @@ type Options struct {
 // A Base is an image that does not change. Its methods may be called by
 // several goroutines at once, but for Close.
 type Base struct {
-	f    *disk.OS
-	path string
-	size int64
-	view *disk.Mapping // nil where the file cannot be mapped
+	f     *disk.OS
+	path  string
+	size  int64
+	view  *disk.Mapping // nil where the file cannot be mapped
+	holes *holes        // nil where they are not told, or may be filled
 
 	begun func() (*Sample, error) // the sample that BeginSample began, until Recognise; or nil
 }
@@ -90,6 +91,9 @@ func (b *Base) prepare(o Options) error {
 	if b.view, err = disk.NewMapping(b.f.File(), b.size); err != nil {
 		b.view = nil // reads then go by ReadAt alone
 	}
+	if !o.Writable {
+		b.holes = newHoles(b.f, b.size)
+	}
 	return nil
 }
 
@@ -120,8 +124,22 @@ func (b *Base) Guard(f *os.File) error {
 	return f.Chmod(has.Mode().Perm() & allowed)
 }
 
-// ReadAt implements block.Reader.
+// ReadAt implements block.Reader. What is a hole does not go through the page
+// cache.
 func (b *Base) ReadAt(p []byte, off int64) (int, error) {
+	n := min(int64(len(p)), b.size-off)
+	if b.holes.learn(off, n); !b.holes.zero(off, n) {
+		return b.readFile(p, off)
+	}
+	clear(p[:n])
+	if n < int64(len(p)) {
+		return int(n), io.EOF
+	}
+	return len(p), nil
+}
+
+// readFile is ReadAt of what the file holds at this moment.
+func (b *Base) readFile(p []byte, off int64) (int, error) {
 	if off >= b.size {
 		return 0, io.EOF
 	}
@@ -146,6 +164,9 @@ func (b *Base) ReadAt(p []byte, off int64) (int, error) {
 // which lies inside the image, if all of it is known to be in memory. Code of
 // ours must not touch the piece: see disk.Mapping.
 func (b *Base) View(vecs [][]byte, off, n int64) ([][]byte, bool) {
+	if b.holes.zero(off, n) {
+		return show(vecs, n), true
+	}
 	if b.view == nil {
 		return vecs, false
 	}
@@ -154,6 +175,9 @@ func (b *Base) View(vecs [][]byte, off, n int64) ([][]byte, bool) {
 
 // Prefetch begins to bring [off, off+n) into memory.
 func (b *Base) Prefetch(off, n int64) error {
+	if b.holes.learn(off, n); b.holes.zero(off, n) {
+		return nil
+	}
 	return unix.Fadvise(int(b.f.File().Fd()), off, n, unix.FADV_WILLNEED)
 }
 

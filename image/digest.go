@@ -70,7 +70,7 @@ func (b *Base) sample() (*Sample, error) {
 		piece := blake3.New()
 		for _, e := range samplePiece(b.size, i) {
 			p := buf[:e.n]
-			if n, err := b.ReadAt(p, e.off); n < len(p) {
+			if n, err := b.readFile(p, e.off); n < len(p) {
 				return nil, fmt.Errorf("digest of the sample: %w", err)
 			}
 			piece.Write(p)

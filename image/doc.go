@@ -1,6 +1,7 @@
 // Package image opens base images: a raw regular file of any size, or a block
 // device. A Base is a block.Reader with mapped views; nothing in this package
-// writes to it, and only merge opens one that can be written.
+// writes to it, and only merge opens one that can be written. Its holes, once
+// known, are shown and read as zeros without asking the kernel again.
 //
 // # Identity
 //
