@@ -4,6 +4,7 @@ import (
 	"slices"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -14,6 +15,13 @@ import (
 const (
 	region = 16 << 20 // is asked about at once
 	grain  = 16 << 10 // is a hole or not; one that is so in part is not
+)
+
+// Limits of what is asked and noted.
+const (
+	maxHoley   = 16 << 40             // bytes of an image that is asked about; its regions take 8 MiB
+	maxNoted   = 1024                 // regions that one answer is noted for
+	slowAnswer = 5 * time.Millisecond // no more is asked after one: the kernel may look at every extent up to the next hole
 )
 
 // A holeMap has a bit for each grain of a region that is a hole.
@@ -27,23 +35,27 @@ var zeros [64 << 10]byte
 
 // holes knows where the image is a hole, so that what is read there need not be
 // brought to memory: the kernel would fill a page with zeros for each 4 KiB. It
-// is asked region by region, where something is read that is not in memory; as
-// the image does not change, once.
+// asks region by region, where something is read from the file or is about to
+// be; as the image does not change, once.
 type holes struct {
 	f       *disk.OS
 	size    int64
 	regions []atomic.Pointer[holeMap] // nil where not known
-	mu      sync.Mutex                // one asks at a time
+	slow    atomic.Bool               // nothing is asked any more
+	mu      sync.Mutex                // one asks at a time; others do not wait
 }
 
-// newHoles returns nil where the kernel's word on holes is not taken: it must
-// be what a read would return, also of what was written a moment ago.
+// newHoles returns nil for an image without holes, and where the kernel's word
+// on them is not taken: it must be what a read would return, also of what was
+// written a moment ago.
 func newHoles(f *disk.OS, size int64) *holes {
-	var st unix.Statfs_t
-	if f.IsDevice() || unix.Fstatfs(int(f.File().Fd()), &st) != nil {
+	var fs unix.Statfs_t
+	var st unix.Stat_t
+	fd := int(f.File().Fd())
+	if f.IsDevice() || size > maxHoley || unix.Fstat(fd, &st) != nil || st.Blocks*512 >= size || unix.Fstatfs(fd, &fs) != nil {
 		return nil
 	}
-	switch st.Type {
+	switch fs.Type {
 	case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.TMPFS_MAGIC:
 		return &holes{f: f, size: size, regions: make([]atomic.Pointer[holeMap], (size+region-1)/region)}
 	}
@@ -53,7 +65,7 @@ func newHoles(f *disk.OS, size int64) *holes {
 // zero reports whether all of [off, off+n) is known to be a hole: not where it
 // is empty, or does not lie inside the image.
 func (h *holes) zero(off, n int64) bool {
-	if h == nil || off < 0 || n <= 0 || off+n > h.size {
+	if h == nil || off < 0 || n <= 0 || n > h.size-off {
 		return false
 	}
 	for end := off + n; off < end; {
@@ -79,11 +91,11 @@ func (m *holeMap) has(first, last int64) bool {
 // learn asks about the regions of [off, off+n) that are not known. Where the
 // kernel does not answer they stay so.
 func (h *holes) learn(off, n int64) {
-	if h == nil || off < 0 || n <= 0 {
+	if h == nil || off < 0 || off >= h.size || n <= 0 {
 		return
 	}
-	for i := off / region; i <= (off+n-1)/region; i++ {
-		if h.regions[i].Load() == nil {
+	for i, last := off/region, (min(n, h.size-off)+off-1)/region; i <= last; i++ {
+		if h.regions[i].Load() == nil && !h.slow.Load() {
 			h.ask(i)
 		}
 	}
@@ -91,65 +103,71 @@ func (h *holes) learn(off, n int64) {
 
 // ask asks about region i, and notes all the regions that the answer tells of.
 func (h *holes) ask(i int64) {
-	h.mu.Lock()
+	if !h.mu.TryLock() {
+		return
+	}
 	defer h.mu.Unlock()
-	if size, err := h.f.Size(); err != nil || size < h.size || h.regions[i].Load() != nil {
-		return // a file that was cut short has no holes there, but nothing
-	}
-	start := i * region
-	data, err := h.f.NextData(start)
-	if err != nil {
-		return
-	}
-	if k := h.whole(data); k > i {
-		h.note(i, k, &allHole)
-		return
-	}
-	hole := start
-	if data == start {
-		if hole, err = h.f.NextHole(start); err != nil {
-			return
+	began := time.Now()
+	if m, until := h.answer(i); m != nil {
+		for ; i < until; i++ {
+			h.regions[i].CompareAndSwap(nil, m)
 		}
 	}
-	if k := h.whole(hole); k > i {
-		h.note(i, k, &noHole)
-		return
+	if time.Since(began) > slowAnswer {
+		h.slow.Store(true)
 	}
-	var m holeMap
-	for end := min(start+region, h.size); hole < end; {
-		if data, err = h.f.NextData(hole); err != nil || data <= hole {
-			return // or it was cut short since
-		}
-		m.add(hole-start, min(data, end)-start, data >= h.size)
-		if hole, err = h.f.NextHole(data); err != nil || hole < data {
-			return
-		}
-	}
-	h.note(i, i+1, &m)
 }
 
-// whole returns how many regions lie before end, wholly.
-func (h *holes) whole(end int64) int64 {
+// answer returns what the regions from i to until are, or nil if that cannot be
+// known.
+func (h *holes) answer(i int64) (m *holeMap, until int64) {
+	if size, err := h.f.Size(); err != nil || size < h.size {
+		return nil, 0 // a file that was cut short has no holes there, but nothing
+	}
+	start, end := i*region, min((i+1)*region, h.size)
+	m = new(holeMap)
+	for at := start; at < end; {
+		data, err := h.f.NextData(at)
+		if err != nil || data < at {
+			return nil, 0 // or it was cut short since
+		}
+		if at == start && data >= end {
+			return &allHole, h.whole(i, data)
+		}
+		m.add(at-start, min(data, end)-start, data >= h.size)
+		if data >= end {
+			break
+		}
+		hole, err := h.f.NextHole(data)
+		if err != nil || hole <= data {
+			return nil, 0
+		}
+		if data == start && hole >= end {
+			return &noHole, h.whole(i, hole)
+		}
+		at = (hole + grain - 1) / grain * grain
+	}
+	return m, i + 1
+}
+
+// whole returns up to which region the image is the same from i on where it is
+// so up to end.
+func (h *holes) whole(i, end int64) int64 {
+	until := end / region
 	if end >= h.size {
-		return int64(len(h.regions))
+		until = int64(len(h.regions))
 	}
-	return end / region
+	return min(until, i+maxNoted)
 }
 
-func (h *holes) note(from, to int64, m *holeMap) {
-	for i := from; i < to; i++ {
-		h.regions[i].CompareAndSwap(nil, m)
-	}
-}
-
-// add notes that [from, to) of the region is a hole. The last grain counts if
-// the hole ends within it, if the image ends there.
+// add notes that [from, to) of the region, which begins with a grain, is a hole.
+// A last grain that the hole ends in counts if the image ends there.
 func (m *holeMap) add(from, to int64, last bool) {
-	first, end := (from+grain-1)/grain, to/grain
+	end := to / grain
 	if last {
 		end = (to + grain - 1) / grain
 	}
-	for g := first; g < end; g++ {
+	for g := from / grain; g < end; g++ {
 		m[g/64] |= 1 << (g % 64)
 	}
 }

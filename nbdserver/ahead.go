@@ -36,9 +36,9 @@ func (y *rhythm) mistaken() {
 	y.doubt = min(2*y.doubt+leastTrust, mostDoubt)
 }
 
-// flushed counts a FLUSH, the nth of all connections, and returns what the one
-// ahead of it came to. Where others flush too, they wait for the disk together,
-// and that is worth more.
+// flushed counts a FLUSH, or a change with FUA, the nth of all connections, and
+// returns what the one ahead of it came to. Where others flush too, they wait
+// for the disk together, and that is worth more.
 func (y *rhythm) flushed(nth uint64) error {
 	if y.changes != y.usual || nth != y.last+1 {
 		y.times = 0
@@ -56,22 +56,20 @@ func (y *rhythm) expects() bool {
 	return y.changes > 0 && y.changes == y.usual && y.times >= leastTrust+y.doubt && !y.ahead
 }
 
-// flushAhead flushes the device if the client is expected to ask for that next
-// and nothing of it is under way. It has been sent what it is owed.
-func (c *conn) flushAhead() error {
-	if !c.rhythm.expects() || len(c.in.have()) > 0 || c.jobs.any() || c.ending {
-		return nil
-	}
-	if err := c.enter(); err != nil {
-		return err
+// flushAhead flushes the device if the client is expected to ask for that next,
+// nothing of it is under way, and nobody would have to wait long. It has been
+// sent what it is owed.
+func (c *conn) flushAhead() {
+	if !c.rhythm.expects() || len(c.in.have()) > 0 || c.jobs.any() || c.ending ||
+		c.synced.Load() > int64(quickSync) || c.mayBlock() || !c.srv.workers.inline.tryEnter() {
+		return
 	}
 	took, err := c.flushDevice()
-	c.leave()
+	c.srv.workers.inline.leave()
 	c.rhythm.ahead, c.rhythm.err = true, err
 	if took > quickSync {
 		c.rhythm.mistaken()
 	}
-	return nil
 }
 
 // flushDevice flushes the device, and notes how long that took.

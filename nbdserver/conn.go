@@ -203,12 +203,10 @@ func (c *conn) requests() error {
 			err = andThen(err, c.startCold())
 		}
 		err = andThen(err, c.flush())
-		if err == nil {
-			err = c.flushAhead()
-		}
 		if err != nil {
 			return err
 		}
+		c.flushAhead()
 		if c.slice >= sliceWork/2 && c.srv.crowded() { // better here than in the middle of a batch
 			c.yield()
 		}

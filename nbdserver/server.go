@@ -99,7 +99,7 @@ type Server struct {
 	workers workers
 	crowd   int64         // connections from which each is served in slices
 	wide    gate          // of connections whose sockets hold more than others'
-	flushes atomic.Uint64 // FLUSHes that were asked for, by flag too
+	flushes atomic.Uint64 // FLUSHes and changes with FUA of all exports, but for those that workers did
 
 	mu        sync.Mutex
 	closing   bool
