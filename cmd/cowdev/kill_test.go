@@ -50,16 +50,16 @@ func mustRun(t *testing.T, dir string, args ...string) string {
 }
 
 // startServer serves base.img with cow.img in dir, and returns its process
-// once it is ready.
-func startServer(t *testing.T, dir string) *exec.Cmd {
+// once it is ready; its Stderr is a *messages.
+func startServer(t *testing.T, dir string, flags ...string) *exec.Cmd {
 	t.Helper()
-	cmd := program(t, dir, "serve", "base.img", "cow.img")
+	cmd := program(t, dir, append([]string{"serve", "base.img", "cow.img"}, flags...)...)
 	out, err := cmd.StdoutPipe()
 	if err != nil {
 		t.Fatal(err)
 	}
-	var messages bytes.Buffer
-	cmd.Stderr = &messages
+	said := &messages{}
+	cmd.Stderr = said
 	if err := cmd.Start(); err != nil {
 		t.Fatal(err)
 	}
@@ -68,7 +68,7 @@ func startServer(t *testing.T, dir string) *exec.Cmd {
 	if err != nil || !strings.HasPrefix(line, "ready: ") {
 		cmd.Process.Kill()
 		cmd.Wait()
-		t.Fatalf("the server is not ready: %q, %v\n%s", line, err, &messages)
+		t.Fatalf("the server is not ready: %q, %v\n%s", line, err, said)
 	}
 	return cmd
 }

@@ -395,8 +395,9 @@ func (sc *serveConfig) newServer(c *cli.Context, v *view, certs *nbdserver.Certi
 }
 
 // A stopper ends the server by signals: SIGINT and SIGTERM in order, a second
-// one at once. SIGHUP reads certificates again, and without any ends the
-// server as the others do.
+// one at once, since a client that takes no replies holds the first one up for
+// ever. SIGHUP reads certificates again, and without any ends the server as the
+// others do.
 type stopper struct {
 	ctx     context.Context
 	cancel  context.CancelFunc
@@ -415,6 +416,8 @@ func stopSignals(c *cli.Context, certs *nbdserver.Certificates) *stopper {
 					warn(c, "%v; the certificates from before stay in use", err)
 				}
 			case s.ctx.Err() != nil:
+				signal.Reset() // where nobody reads the message, a third one ends it
+				warn(c, "ended at once by a second signal, without closing in order")
 				os.Exit(exitFailure)
 			default:
 				s.cancel()

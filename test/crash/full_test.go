@@ -305,6 +305,43 @@ func TestFullDiskPark(t *testing.T) {
 	c.check()
 }
 
+// TestFullDiskParkStops: a parked write does not hold up the end of the server.
+// It is answered ENOSPC, and what was acknowledged is there afterwards.
+func TestFullDiskParkStops(t *testing.T) {
+	c := newFullCase(t, "--on-full=park")
+	c.mustWrite(0, 1<<20)
+	ballast := fill(t, c.dir)
+	parked := make(chan int64, 1)
+	go func() { // each is received whole, so that it has a right to an answer
+		off := int64(16 << 20)
+		var err error
+		for ; err == nil && off < int64(len(c.content)); off += blockSize * 4 {
+			err = c.write(off, blockSize*4)
+		}
+		if !errors.Is(err, syscall.ENOSPC) {
+			t.Errorf("a write that was parked when the server was ended: %v, expected ENOSPC", err)
+		}
+		parked <- off - blockSize*4
+	}()
+	waitFor(t, "word of a full store", func() bool { return strings.Contains(c.server.stderr(), "full") })
+	if err := c.server.close(); err != nil {
+		t.Fatal(err)
+	}
+	failed := <-parked
+	c.check()
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	c.start()
+	c.compare(failed, failed+4*blockSize)
+	c.mustWrite(failed, 4*blockSize)
+	c.compare(0, 0)
+	if err := c.server.close(); err != nil {
+		t.Fatal(err)
+	}
+	c.check()
+}
+
 // TestFullDiskMerge merges into a base, full of holes, on a full filesystem.
 func TestFullDiskMerge(t *testing.T) {
 	c := newFullCase(t)
