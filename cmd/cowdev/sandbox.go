@@ -28,10 +28,8 @@ func sandbox(c *cli.Context, sc serveConfig) error {
 	// For a block device's serial number, which is asked for once more when
 	// its digest is known.
 	rules := []landlock.Rule{landlock.RODirs("/sys/dev/block", "/sys/devices").IgnoreIfMissing()}
-	for _, path := range []string{sc.certs.ca, sc.certs.cert, sc.certs.key} {
-		if path != "" { // read again at SIGHUP
-			rules = append(rules, landlock.ROFiles(path))
-		}
+	for dir := range sc.certs.directories() {
+		rules = append(rules, landlock.PathAccess(landlocksys.AccessFSReadFile, dir))
 	}
 	for dir := range sc.removesFrom() {
 		rules = append(rules, landlock.PathAccess(landlocksys.AccessFSRemoveFile, dir).IgnoreIfMissing())
@@ -40,6 +38,24 @@ func sandbox(c *cli.Context, sc serveConfig) error {
 		return fmt.Errorf("sandbox: %w", err)
 	}
 	return nil
+}
+
+// directories returns where certificates are found when SIGHUP has them read
+// again. They may be other files then, renamed into the place of the first, or
+// what a link leads to that leads elsewhere now: Landlock knows a file by its
+// inode, so only the right to their directories lasts.
+func (f certificateFiles) directories() map[string]bool {
+	dirs := map[string]bool{}
+	for _, path := range []string{f.ca, f.cert, f.key} {
+		if path == "" {
+			continue
+		}
+		dirs[filepath.Dir(path)] = true
+		if at, err := filepath.EvalSymlinks(path); err == nil {
+			dirs[filepath.Dir(at)] = true
+		}
+	}
+	return dirs
 }
 
 // removesFrom returns the directories in which the server removes a file at

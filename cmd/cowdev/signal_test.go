@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"syscall"
@@ -191,4 +192,80 @@ func testSignalWaitsForReplies(t *testing.T, sig os.Signal) {
 		t.Errorf("the store was not closed in order:\n%s", info)
 	}
 	mustRun(t, dir, "check", "cow.img", "base.img")
+}
+
+// certificates replaces those of a server in dir by new ones, one file in the
+// place of another, and returns the authority that signed them.
+func certificates(t *testing.T, dir string) *nbdclient.Authority {
+	t.Helper()
+	a, err := nbdclient.NewAuthority()
+	must(t, err)
+	fresh := t.TempDir()
+	must(t, a.WriteServer(fresh, "localhost"))
+	for _, name := range []string{"ca-cert.pem", "server-cert.pem", "server-key.pem"} {
+		must(t, os.Rename(filepath.Join(fresh, name), filepath.Join(dir, name)))
+	}
+	return a
+}
+
+// startTLS connects to the server of cow.img in dir as a client of a.
+func startTLS(t *testing.T, dir string, a *nbdclient.Authority) (*nbdclient.Client, error) {
+	t.Helper()
+	conf, err := a.Client("localhost", time.Now().Add(time.Hour))
+	must(t, err)
+	c := dialServer(t, dir)
+	if err := c.StartTLS(conf); err != nil {
+		return nil, err
+	}
+	return c, c.Go("")
+}
+
+// TestSignalReloadsCertificates: after SIGHUP new connections are shown new
+// certificates; with broken ones a message says why those from before stay in
+// use. Open connections notice nothing.
+func TestSignalReloadsCertificates(t *testing.T) {
+	t.Run("plain", func(t *testing.T) { testReload(t) })
+	t.Run("sandbox", func(t *testing.T) { testReload(t, "--sandbox") })
+}
+
+func testReload(t *testing.T, flags ...string) {
+	dir := t.TempDir()
+	pki := filepath.Join(dir, "pki")
+	must(t, os.Mkdir(pki, 0o700))
+	must(t, os.WriteFile(filepath.Join(dir, "base.img"), bytes.Repeat([]byte("base"), 1<<18), 0o600))
+	old := certificates(t, pki)
+	server := startServer(t, dir, append(flags, "--tls-dir", "pki")...)
+	said := server.Stderr.(*messages)
+	open, err := startTLS(t, dir, old)
+	must(t, err)
+
+	fresh := certificates(t, pki)
+	must(t, server.Process.Signal(syscall.SIGHUP))
+	within(t, "the new certificates are used", func() bool {
+		if strings.Contains(said.String(), "stay in use") {
+			t.Fatalf("good certificates are refused:\n%s", said)
+		}
+		_, err := startTLS(t, dir, fresh)
+		return err == nil
+	})
+	if _, err := startTLS(t, dir, old); err == nil {
+		t.Error("a client of the old authority is let in")
+	}
+	expectContent(t, open, 0, []byte("base"))
+
+	for _, broken := range []string{"server-key.pem", "ca-cert.pem"} {
+		kept, err := os.ReadFile(filepath.Join(pki, broken))
+		must(t, err)
+		must(t, os.WriteFile(filepath.Join(pki, broken), []byte("garbage"), 0o600))
+		must(t, server.Process.Signal(syscall.SIGHUP))
+		refused := regexp.MustCompile(".*/" + broken + ".*; the certificates from before stay in use\n")
+		within(t, "word of a broken "+broken, func() bool { return refused.MatchString(said.String()) })
+		c, err := startTLS(t, dir, fresh)
+		must(t, err)
+		expectContent(t, c, 0, []byte("base"))
+		must(t, os.WriteFile(filepath.Join(pki, broken), kept, 0o600))
+	}
+	expectContent(t, open, 0, []byte("base"))
+	must(t, server.Process.Signal(syscall.SIGTERM))
+	must(t, server.Wait())
 }
