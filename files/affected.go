@@ -123,7 +123,8 @@ func mergeSpans(spans []span) []span {
 }
 
 // findAffected finds what a change of ranges can have touched. It returns nil
-// when the file systems were made apart, so that everything must be compared.
+// when everything must be compared: the file systems were made apart, or what
+// was touched is encrypted and the way to it cannot be read.
 func findAffected(old, new extFS, ranges []block.Extent) (*affected, error) {
 	size := int64(new.FS.Info().BlockSize)
 	changed := wholeBlocks(ranges, size)
@@ -139,6 +140,9 @@ func findAffected(old, new extFS, ranges []block.Extent) (*affected, error) {
 	}
 	if err != nil {
 		return nil, err
+	}
+	if old.anyEncrypted(inos) || new.anyEncrypted(inos) {
+		return nil, nil
 	}
 	for _, ino := range inos {
 		af.touched[uint64(ino)] = true

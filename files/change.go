@@ -176,7 +176,7 @@ func differ(a, b File) (Aspect, error) {
 			d |= t.aspect
 		}
 	}
-	if x.Mode&fs.ModeSymlink != 0 {
+	if x.Mode&fs.ModeSymlink != 0 && !Encrypted(a) && !Encrypted(b) {
 		to, err := a.Link()
 		if err != nil {
 			return 0, err

@@ -29,6 +29,10 @@ type Result struct {
 	Changes []*Change // by path
 	Fast    bool      // only what the changed ranges can have touched was compared
 
+	// Encrypted are the paths, in order, of what is encrypted in either tree
+	// and may differ: only its own attributes were compared.
+	Encrypted []string
+
 	// Links holds the paths in the new tree of the files that have several,
 	// of each at least all its paths when one of them is in Changes.
 	Links map[uint64][]string
@@ -63,7 +67,8 @@ func Compare(old, new FS, o Options) (*Result, error) {
 			return nil, err
 		}
 	}
-	r := &Result{Changes: c.changes, Fast: c.affected != nil, Links: c.links, flat: c.changes}
+	slices.SortFunc(c.encrypted, comparePaths)
+	r := &Result{Changes: c.changes, Fast: c.affected != nil, Links: c.links, flat: c.changes, Encrypted: slices.Compact(c.encrypted)}
 	if !o.NoRenames && c.sameIDs {
 		var err error
 		if r.Changes, err = c.withRenames(); err != nil {
@@ -78,12 +83,13 @@ type comparer struct {
 	affected *affected // nil: everything is
 	sameIDs  bool      // an ID means the same file in both trees
 
-	changes []*Change
-	links   map[uint64][]string   // new paths of files with several
-	seen    map[[2]uint64]bool    // pairs of directories that were entered
-	judged  map[[2]uint64]verdict // pairs of files that have several paths
-	shared  [2]map[uint64]shared  // files with several paths, in either tree
-	lonely  [2]map[uint64]bool    // directories entered in one tree alone
+	changes   []*Change
+	encrypted []string
+	links     map[uint64][]string   // new paths of files with several
+	seen      map[[2]uint64]bool    // pairs of directories that were entered
+	judged    map[[2]uint64]verdict // pairs of files that have several paths
+	shared    [2]map[uint64]shared  // files with several paths, in either tree
+	lonely    [2]map[uint64]bool    // directories entered in one tree alone
 }
 
 // verdict is what comparing two files gave.
@@ -116,7 +122,7 @@ func (c *comparer) pair(name string, a, b File, depth int) error {
 		}
 		c.changes = append(c.changes, &Change{Status: status, Path: name, LinkTo: linkTo, Differ: v.differ, Bytes: v.bytes, Old: a, New: b})
 	}
-	if !a.Attr().Mode.IsDir() {
+	if err := cmp.Or(c.skipEncrypted(name, a), c.skipEncrypted(name, b)); err != nil || !a.Attr().Mode.IsDir() {
 		return nil
 	}
 	ids := [2]uint64{a.Attr().ID, b.Attr().ID}
@@ -241,7 +247,7 @@ func (c *comparer) alone(status Status, name string, f File) error {
 			ch.Old = f
 		}
 		c.changes = append(c.changes, ch)
-		return nil
+		return c.skipEncrypted(name, f)
 	}}
 	return w.walk(name, f, 0)
 }
@@ -266,7 +272,7 @@ func (c *comparer) judge(a, b File) (verdict, error) {
 		return verdict{}, err
 	}
 	v := verdict{differ: d}
-	if x.Mode.IsRegular() {
+	if x.Mode.IsRegular() && !Encrypted(a) && !Encrypted(b) {
 		if v.bytes, err = c.content(a, b); err != nil {
 			return verdict{}, err
 		}

@@ -22,6 +22,10 @@ type ExtractOptions struct {
 
 	// Replace overwrites regular files that exist.
 	Replace bool
+
+	// Encrypted is told the path of what is encrypted, and is passed over with
+	// all below it. Where it is nil that is an error.
+	Encrypted func(name string)
 }
 
 // Extract copies f, with all below it when it is a directory, to name in root.
@@ -56,6 +60,10 @@ type extracted struct {
 
 // one extracts one file.
 func (x *extractor) one(name string, f File) error {
+	if x.o.Encrypted != nil && Encrypted(f) {
+		x.o.Encrypted(name)
+		return fs.SkipDir
+	}
 	if err := x.create(name, f); err != nil {
 		return fmt.Errorf("copy %s: %w", Quote(name), err)
 	}

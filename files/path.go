@@ -84,7 +84,8 @@ func parts(name string) []string {
 
 // Walk calls visit for f, whose path is name, and for every file below it, a
 // directory before what it holds and names in order. Links are not followed.
-// visit may return fs.SkipDir for a directory that shall not be entered. A
+// visit may return fs.SkipDir for a directory that shall not be entered; of
+// another file it means nothing. A
 // directory that is met twice ends the walk with ErrDamaged.
 func Walk(name string, f File, visit func(name string, f File) error) error {
 	w := walker{visit: visit, seen: map[uint64]bool{}}
@@ -99,7 +100,7 @@ type walker struct {
 func (w *walker) walk(name string, f File, depth int) error {
 	err := w.visit(name, f)
 	switch a := f.Attr(); {
-	case errors.Is(err, fs.SkipDir) && a.Mode.IsDir():
+	case errors.Is(err, fs.SkipDir):
 		return nil
 	case err != nil || !a.Mode.IsDir():
 		return err

@@ -51,12 +51,19 @@ func cp(c *cli.Context) error {
 			return err
 		}
 		defer root.Close()
-		skipped, err := files.Extract(f, root, name, files.ExtractOptions{Archive: c.Bool("archive"), Replace: c.Bool("force")})
+		var encrypted []string
+		skipped, err := files.Extract(f, root, name, files.ExtractOptions{
+			Archive: c.Bool("archive"), Replace: c.Bool("force"),
+			Encrypted: func(name string) { encrypted = append(encrypted, filepath.Join(dir, name)) },
+		})
 		for _, s := range skipped {
 			warn(c, "%s: passed over, it is neither a file nor a link", filepath.Join(dir, s))
 		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", args[2], err)
+		}
+		if len(encrypted) > 0 {
+			return passedOver(c, encrypted)
 		}
 		return nil
 	})

@@ -53,10 +53,22 @@ func diffFiles(c *cli.Context, basePath, cowPath string) (err error) {
 	if err := writeDiffFiles(c, r, now, limit); err != nil {
 		return err
 	}
+	if len(r.Encrypted) > 0 {
+		return passedOver(c, r.Encrypted)
+	}
 	if len(r.Changes) > 0 {
 		return quietError(exitFailure)
 	}
 	return nil
+}
+
+// passedOver tells of the paths that were not looked into. The status is that of
+// what cannot be read, whatever was found elsewhere.
+func passedOver(c *cli.Context, encrypted []string) error {
+	for _, name := range encrypted {
+		warn(c, "%s: encrypted, not looked into", files.Quote(name))
+	}
+	return quietError(exitFile)
 }
 
 // compare compares the base's files with those seen through the overlay.
@@ -101,7 +113,7 @@ func writeDiffFiles(c *cli.Context, r *files.Result, now files.FS, limit int64) 
 		if list == nil {
 			list = []*files.Change{}
 		}
-		if err := printJSON(w, map[string]any{"changes": list, "summary": r.Summary(), "fast": r.Fast}); err != nil {
+		if err := printJSON(w, map[string]any{"changes": list, "encrypted": append([]string{}, r.Encrypted...), "summary": r.Summary(), "fast": r.Fast}); err != nil {
 			return err
 		}
 	case c.Bool("content"):

@@ -282,6 +282,48 @@ func (x *lookFixture) changed(t *testing.T, cowPath string) {
 	}
 }
 
+// A directory that is encrypted is named in one line, all else is seen, and the
+// status is that of what cannot be read.
+func TestLookEncrypted(t *testing.T) {
+	dir := t.TempDir()
+	x := &lookFixture{dir: dir, base: filepath.Join(dir, "base.img"), cow: filepath.Join(dir, "cow.img")}
+	tree := filepath.Join(dir, "tree")
+	must(t, os.MkdirAll(filepath.Join(tree, "secret"), 0o755))
+	must(t, os.WriteFile(filepath.Join(tree, "secret/name"), []byte("content"), 0o644))
+	must(t, os.WriteFile(filepath.Join(tree, "plain"), []byte("plain"), 0o644))
+	tool(t, "mke2fs", "-q", "-F", "-t", "ext4", "-O", "encrypt", "-d", tree, x.base, "16M")
+	for _, name := range []string{"secret", "secret/name"} {
+		tool(t, "debugfs", "-w", "-R", "set_inode_field "+name+" flags 0x80800", x.base)
+	}
+	changed := filepath.Join(dir, "changed.img")
+	tool(t, "cp", x.base, changed)
+	tool(t, "debugfs", "-w", "-R", "write "+filepath.Join(tree, "plain")+" new", changed)
+	tool(t, "debugfs", "-w", "-R", "set_inode_field secret/name mtime 20200101", changed)
+	x.overlay(t, changed)
+
+	expect := func(stdout, message string, args ...string) {
+		t.Helper()
+		var out, messages bytes.Buffer
+		got := run(append([]string{"cowdev"}, args...), &out, &messages)
+		if got != exitFile || out.String() != stdout || messages.String() != message {
+			t.Errorf("cowdev %s: status %d, expected %d\n%s%s\nexpected\n%s%s", strings.Join(args, " "), got, exitFile, &out, &messages, stdout, message)
+		}
+	}
+	told := "cowdev: /secret: encrypted, not looked into\n"
+	expect("added      /new  (5 bytes)\n", told, "diff", "--files", x.base, x.cow)
+	expect("added      /new  (5 bytes)\n", told, "diff", "--files", "--all", x.base, x.cow)
+	if out := x.cowdev(t, exitFile, "diff", "--files", "--json", x.base, x.cow); !strings.Contains(out, "\"encrypted\": [\n    \"/secret\"\n  ]") {
+		t.Errorf("JSON does not name what is encrypted:\n%s", out)
+	}
+	expect("/\n/lost+found\n/plain\n/secret\n", told, "ls", "--recursive", x.base, "/")
+	x.cowdev(t, exitDone, "ls", x.base, "/")
+	to := filepath.Join(dir, "to")
+	expect("", "cowdev: "+to+"/secret: encrypted, not looked into\n", "cp", "--recursive", x.base, "/", to)
+	if p, err := os.ReadFile(filepath.Join(to, "plain")); err != nil || string(p) != "plain" {
+		t.Errorf("the file beside what is encrypted holds %q, %v", p, err)
+	}
+}
+
 func TestLookUsage(t *testing.T) {
 	x := newLookFixture(t, false)
 	x.cowdev(t, exitUsage, "ls")

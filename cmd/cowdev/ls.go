@@ -44,27 +44,45 @@ func ls(c *cli.Context) error {
 	top := path.Join("/", args[1])
 	return withFile(c, args[0], top, true, func(_ *lookView, f files.File) error {
 		var err error
+		w := &lister{}
 		if c.Bool("json") || c.Bool("long") {
-			err = lsAttributes(c, f, top)
+			err = w.attributes(c, f, top)
 		} else {
-			err = lsNames(c.App.Writer, f, top, c.Bool("recursive"))
+			err = w.names(c.App.Writer, f, top, c.Bool("recursive"))
 		}
 		if err != nil {
 			return fmt.Errorf("%s: %w", args[0], err)
+		}
+		if len(w.encrypted) > 0 {
+			return passedOver(c, w.encrypted)
 		}
 		return nil
 	})
 }
 
-// lsNames prints the names in a directory, or all paths from there on, or f's
+// lister lists files, and keeps the paths of directories that it could not.
+type lister struct{ encrypted []string }
+
+// walk is files.Walk, past directories that are encrypted.
+func (l *lister) walk(top string, f files.File, visit func(name string, f files.File) error) error {
+	return files.Walk(top, f, func(name string, f files.File) error {
+		if err := visit(name, f); err != nil || !f.Attr().Mode.IsDir() || !files.Encrypted(f) {
+			return err
+		}
+		l.encrypted = append(l.encrypted, name)
+		return fs.SkipDir
+	})
+}
+
+// names prints the names in a directory, or all paths from there on, or f's
 // own name when it is no directory. For names no inode is read.
-func lsNames(out io.Writer, f files.File, top string, recursive bool) error {
+func (l *lister) names(out io.Writer, f files.File, top string, recursive bool) error {
 	w := bufio.NewWriter(out)
 	switch {
 	case !f.Attr().Mode.IsDir():
 		fmt.Fprintln(w, files.Quote(path.Base(top)))
 	case recursive:
-		if err := files.Walk(top, f, func(name string, _ files.File) error {
+		if err := l.walk(top, f, func(name string, _ files.File) error {
 			_, err := fmt.Fprintln(w, files.Quote(name))
 			return err
 		}); err != nil {
@@ -82,8 +100,8 @@ func lsNames(out io.Writer, f files.File, top string, recursive bool) error {
 	return w.Flush()
 }
 
-// lsAttributes prints the same files with their attributes.
-func lsAttributes(c *cli.Context, f files.File, top string) error {
+// attributes prints the same files with their attributes.
+func (l *lister) attributes(c *cli.Context, f files.File, top string) error {
 	list := []lsFile{}
 	add := func(name string, f files.File) error {
 		list = append(list, lsFile{name, files.StatOf(f)})
@@ -94,7 +112,7 @@ func lsAttributes(c *cli.Context, f files.File, top string) error {
 	case !f.Attr().Mode.IsDir():
 		err = add(path.Base(top), f)
 	case c.Bool("recursive"):
-		err = files.Walk(top, f, add)
+		err = l.walk(top, f, add)
 	default:
 		err = eachChild(f, add)
 	}
