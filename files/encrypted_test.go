@@ -4,11 +4,13 @@ package files
 // is seen as ever.
 
 import (
+	"bytes"
 	"errors"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
+	"strings"
 	"testing"
 	"unsafe"
 
@@ -139,6 +141,37 @@ func TestCompareEncrypted(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// TestWhyEncrypted: what is encrypted has its space, and no name.
+func TestWhyEncrypted(t *testing.T) {
+	const size = 64 << 10
+	p := changedBy(t, newEncrypted(t), func(dir string) {
+		err := errors.Join(os.WriteFile(dir+"/secret/large", bytes.Repeat([]byte("secret"), size/6+1)[:size], 0o644),
+			os.WriteFile(dir+"/plain/large", bytes.Repeat([]byte("plain"), size/5+1)[:size], 0o644))
+		if err != nil {
+			t.Fatal(err)
+		}
+	})
+	r, err := Why(openReader(t, p.old), openReader(t, p.new), openImage(t, p.new), p.changed)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var plain, encrypted int64
+	for _, f := range r.Files {
+		switch {
+		case f.Path == "/plain/large":
+			plain += f.Stored
+		case strings.HasSuffix(f.Path, ", encrypted"):
+			encrypted += f.Stored
+		case !strings.HasPrefix(f.Path, "/"):
+			t.Errorf("%q: neither a path nor encrypted", f.Path)
+		}
+	}
+	// Of what is encrypted there is the directory too.
+	if plain != size || encrypted < size || encrypted > 2*size {
+		t.Errorf("%d bytes of the plain file, %d of encrypted ones, expected %d each\n%+v", plain, encrypted, size, r.Files)
 	}
 }
 

@@ -209,10 +209,14 @@ func (a *accounts) charge(o ext4.Owner) error {
 }
 
 // name turns inodes into paths, by the first path where there are several, and
-// sums up directories.
+// sums up directories. What is encrypted stays a number.
 func (a *accounts) name(f extFS, r *SpaceReport) error {
 	inos := make([]uint32, 0, len(a.inodes))
-	for ino := range a.inodes {
+	for ino, s := range a.inodes {
+		if f.anyEncrypted([]uint32{ino}) {
+			r.Files = append(r.Files, PathSpace{fmt.Sprintf("inode %d, encrypted", ino), *s})
+			continue
+		}
 		inos = append(inos, ino)
 	}
 	slices.Sort(inos)
