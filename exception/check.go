@@ -34,6 +34,7 @@ type Report struct {
 	Chunks  int64 // with an exception
 	Stored  int64 // blocks stored
 	Zero    int64 // blocks recorded as zeros
+	Holes   int64 // of the stored blocks, those that are holes of the file, and so zeros; a sparse copy makes such
 	Leaked  int64 // bytes of slots that nobody has
 	Records int   // in the log, to be replayed
 }
@@ -226,7 +227,7 @@ type stored struct {
 }
 
 // slots holds the entries against each other and against the file: a slot is
-// one block's, and a row one chunk's; stored blocks are not holes, and what is
+// one block's, and a row one chunk's; stored blocks lie in the file, and what is
 // not stored takes no space.
 func (c *checker) slots() error {
 	var all []stored
@@ -302,7 +303,8 @@ func (c *checker) space(all []stored) error {
 	return nil
 }
 
-// missing reports a stored block that lies behind the file's end, or in a hole.
+// missing reports a stored block that lies behind the file's end, and counts one
+// in a hole.
 func (c *checker) missing(x stored, data spans, size int64) {
 	if c.inline.block(x.chunk, int(x.block)) != nil {
 		return
@@ -314,7 +316,7 @@ func (c *checker) missing(x stored, data spans, size int64) {
 	case end > size:
 		c.harm("chunk %d: block %d in slot %d lies behind the file's end at %d", x.chunk, x.block, x.slot, size)
 	case c.h.Clean && !data.meets(off, end):
-		c.harm("chunk %d: block %d is stored in slot %d, but the file has a hole there", x.chunk, x.block, x.slot)
+		c.report.Holes++
 	}
 }
 
@@ -347,7 +349,7 @@ func (c *checker) leaks(all []stored, data spans) {
 		return // after a crash they are taken again before new ones
 	}
 	p := Problem{What: fmt.Sprintf("%d bytes of slots that no chunk has", c.report.Leaked)}
-	if !c.report.Harmed() { // else they may be those of a chunk whose entry is damaged
+	if !c.report.Harmed() && c.report.Holes == 0 { // else they may be those of a chunk whose entry is damaged
 		p.Fix, p.repair = "give them back", func(r *repairer) error { return r.punch(lost) }
 	}
 	c.add(p)

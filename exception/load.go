@@ -270,6 +270,7 @@ type loader struct {
 	into   []uint64
 	mem    []byte  // the memory of into
 	pages  pageSet // of the table: those that hold, or held, an entry
+	short  bool    // it was told that the file is
 	ahead  sync.WaitGroup
 }
 
@@ -587,9 +588,15 @@ func (ld *loader) runs() iter.Seq2[int64, int64] {
 }
 
 // countTaken finds which slots and rows are taken, and refuses a store in which
-// two blocks have the same slot or two chunks the same row.
+// two blocks have the same slot or two chunks the same row, or a block lies
+// behind the file's end.
 func (ld *loader) countTaken() error {
 	s := ld.s
+	size, err := s.file.Size()
+	if err != nil {
+		return err
+	}
+	inFile := (size - s.slotsOff) / int64(s.geo.BlockSize()) // slots, and perhaps a part of one
 	slots, rows := newBitmap(ld.limits.slots), newBitmap(ld.limits.rows)
 	take := func(c block.Chunk, e Entry) error {
 		stored := e.Stored()
@@ -598,11 +605,15 @@ func (ld *loader) countTaken() error {
 			if stored != 0 && !slots.set(e.straightSlot(stored.First()), uint64(stored>>stored.First())) {
 				return fmt.Errorf("%w: chunk %d has a slot from %d on that another has too", ErrCorrupt, c, e.straightSlot(stored.First()))
 			}
+			if int64(e.straightSlot(block.BlocksPerChunk-1)) > inFile {
+				return ld.checkEnd(c, e, size)
+			}
 			return nil
 		}
 		if !rows.set(row+1, 1) {
 			return fmt.Errorf("%w: chunk %d has row %d, which another has too", ErrCorrupt, c, row)
 		}
+		behind := false
 		for ; stored != 0; stored &= stored - 1 {
 			slot := s.live.slot(e, stored.First())
 			if err := ld.limits.checkSlot(c, int64(slot)); err != nil {
@@ -611,6 +622,10 @@ func (ld *loader) countTaken() error {
 			if !slots.set(slot, 1) {
 				return fmt.Errorf("%w: chunk %d has slot %d, which another block has too", ErrCorrupt, c, slot)
 			}
+			behind = behind || int64(slot) > inFile
+		}
+		if behind {
+			return ld.checkEnd(c, e, size)
 		}
 		return nil
 	}
@@ -639,6 +654,31 @@ func (ld *loader) countTaken() error {
 	}
 	s.slots.fill(slots, limit)
 	s.rows.fill(rows, ld.limits.rows)
+	return nil
+}
+
+// checkEnd refuses an entry with a block that lies behind the file's end at
+// size, and not in the log: what is written next would make a hole of it. Who
+// only reads meets an error there, and is told now.
+func (ld *loader) checkEnd(c block.Chunk, e Entry, size int64) error {
+	s := ld.s
+	for m := e.Stored(); m != 0; {
+		b := m.First()
+		at, end := s.Locate(e, b)
+		m &^= block.Bits(b, end-b)
+		n := min(int64(end-b)*int64(s.geo.BlockSize()), s.geo.Size-s.geo.Offset(c)-int64(b*s.geo.BlockSize()))
+		if at+n <= size || s.replayed.Load().has(c, b, end) {
+			continue
+		}
+		err := fmt.Errorf("%w: chunk %d is stored up to %d, and the file ends at %d: cut short, or copied in part", ErrCorrupt, c, at+n, size)
+		if !s.opts.ReadOnly {
+			return fmt.Errorf("%w; what is left can be read read-only", err)
+		}
+		if !ld.short {
+			ld.short = true
+			s.logf("%v; what is left can be read", err)
+		}
+	}
 	return nil
 }
 

@@ -281,7 +281,7 @@ func (s *Store) readFile(p []byte, c block.Chunk, at int64) error {
 		return nil
 	}
 	if err == io.EOF {
-		err = fmt.Errorf("the store ends before it, was it truncated? %w", syscall.EIO)
+		err = fmt.Errorf("%w: the store ends before it, was it truncated? %w", ErrCorrupt, syscall.EIO)
 	}
 	return fmt.Errorf("read chunk %d in the store at %d: %w", c, at, err)
 }
@@ -364,6 +364,7 @@ func (s *Store) settle() error {
 		return err
 	}
 	s.harvest()
+	s.punchPages()
 	if err := s.writeSuper(func(h *Header) { h.Clean = true }); err != nil {
 		return err
 	}

@@ -318,6 +318,73 @@ func TestRefusedStoreLeavesNoMemory(t *testing.T) {
 	}
 }
 
+// A store that was cut short in its data is refused before a write could make
+// zeros of what is lost; who only reads gets the rest, and an error for that.
+func TestCutShort(t *testing.T) {
+	s, f := newStore(t, exception.Options{})
+	for c := range block.Chunk(3) {
+		put(t, s, c, 0, 64<<10, byte(c+1))
+	}
+	put(t, s, 9, 8192, 4096, 9) // has a row
+	put(t, s, 9, 0, 4096, 9)
+	last, _ := s.Locate(s.Entry(9), 0)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	whole := f.Bytes()
+	for _, size := range []int64{last + 4095, last - 4096, last - 5000, last - 90_000} {
+		cut := func() *disktest.File { return disktest.FromBytes(1, whole[:size]) }
+		if _, err := exception.Open(cut(), exception.Options{}); !errors.Is(err, exception.ErrCorrupt) {
+			t.Errorf("cut at %d, behind which something lies: %v, expected %v", size, err, exception.ErrCorrupt)
+		}
+		told := 0
+		s := openStore(t, cut(), exception.Options{ReadOnly: true, Log: func(string, ...any) { told++ }})
+		p := make([]byte, 4096)
+		if err := s.ReadStored(p, 0, s.Entry(0), 0); err != nil || p[0] != 1 {
+			t.Errorf("cut at %d: what is left reads as %x, %v", size, p[0], err)
+		}
+		if err := s.ReadStored(p, 9, s.Entry(9), 0); !errors.Is(err, syscall.EIO) {
+			t.Errorf("cut at %d: what is gone reads as %x, %v", size, p[0], err)
+		}
+		if told != 1 {
+			t.Errorf("cut at %d: told %d times", size, told)
+		}
+	}
+	openStore(t, disktest.FromBytes(1, whole[:last+4096]), exception.Options{})
+}
+
+// Blocks that are shorter than a page give back their space too, at the end of
+// the session if not before.
+func TestShortBlocksLeaveNothing(t *testing.T) {
+	f := disktest.New(1)
+	if err := exception.Create(f, exception.Params{Geometry: block.Geometry{Size: 1 << 20, ChunkSize: 8 << 10}, LogSize: 1 << 20}); err != nil {
+		t.Fatal(err)
+	}
+	s := openStore(t, f, exception.Options{})
+	rng := rand.New(rand.NewPCG(1, 1))
+	for range 300 {
+		put(t, s, block.Chunk(rng.IntN(128)), rng.IntN(16)*512, 512, 1)
+	}
+	for _, c := range rng.Perm(128) {
+		for _, b := range rng.Perm(block.BlocksPerChunk) {
+			if b != 3 {
+				zero(t, s, block.Chunk(c), 1<<b)
+			}
+		}
+		flush(t, s)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r, err := exception.Check(f.Fork(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(r.Problems) > 0 || r.Stored == 0 {
+		t.Errorf("%d blocks stored, problems %v", r.Stored, r.Problems)
+	}
+}
+
 // Every bit of the superblocks, the table and the log of a small store: what
 // is read after a flip is right, or the store is refused.
 func TestEveryBitFlip(t *testing.T) {

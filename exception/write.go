@@ -333,6 +333,23 @@ func (s *Store) punchSlots(slots []extent) {
 	}
 }
 
+// punchPages gives back pages of which no slot is taken, where slots are shorter:
+// one by one they could not be. Nobody takes any meanwhile.
+func (s *Store) punchPages() {
+	if s.geo.BlockSize() >= pageSize {
+		return
+	}
+	for _, x := range s.slots.free {
+		from, to := s.slotOff(x.first), s.slotOff(x.end())
+		if x.end() == s.slots.next {
+			to = roundUp(to, pageSize)
+		}
+		if roundUp(from, pageSize) < to/pageSize*pageSize {
+			s.punch(from, to-from)
+		}
+	}
+}
+
 func (s *Store) punch(off, n int64) {
 	if err := s.file.PunchHole(off, n); err != nil {
 		s.logf("give back %d bytes of the store at %d: %v; they stay taken", n, off, err)

@@ -37,6 +37,7 @@ type checkResult struct {
 	Chunks   int64          `json:"chunks"`
 	Stored   int64          `json:"stored-bytes"`
 	Zero     int64          `json:"zero-bytes"`
+	Holes    int64          `json:"hole-bytes"`
 	Leaked   int64          `json:"leaked-bytes"`
 	Records  int            `json:"log-records"`
 	Problems []checkProblem `json:"problems"`
@@ -155,6 +156,7 @@ func (r *checkResult) fill(rep *exception.Report) {
 	block := int64(rep.Header.BlockSize())
 	r.State, r.Clean = rep.Header.State.String(), rep.Header.Clean
 	r.Chunks, r.Stored, r.Zero = rep.Chunks, rep.Stored*block, rep.Zero*block
+	r.Holes = rep.Holes * block
 	r.Leaked, r.Records = rep.Leaked, rep.Records
 	r.Problems = []checkProblem{}
 	for _, p := range rep.Problems {
@@ -208,6 +210,9 @@ func (r *checkResult) print(c *cli.Context) error {
 	t.line("store", "%s: %s, %s", r.File, r.State, left)
 	t.line("stored", "%s in %d chunks", size(r.Stored), r.Chunks)
 	t.line("zero", "%s", size(r.Zero))
+	if r.Holes > 0 {
+		t.line("holes", "%s of what is stored: zeros, as a sparse copy leaves them", size(r.Holes))
+	}
 	if r.Leaked > 0 {
 		t.line("leaked", "%s", size(r.Leaked))
 	}

@@ -189,7 +189,7 @@ func TestCheckNamesDamage(t *testing.T) {
 		{name: "slot past the end", damage: func(d *damaged) { d.entry(1, straight(1000)) },
 			status: statusDamage, says: "in slot 1000 lies behind the file's end"},
 		{name: "stored in a hole", damage: func(d *damaged) { d.entry(1, straight(30)) },
-			status: statusDamage, says: "chunk 1: block 0 is stored in slot 30, but the file has a hole there"},
+			status: statusProblem, says: "12288 bytes (12 KiB) of what is stored: zeros, as a sparse copy leaves them"},
 		{name: "stored without a slot", damage: func(d *damaged) {
 			d.entry(1, func(e uint64) uint64 { return e | stored(6) })
 		}, status: statusDamage, says: "chunk 1: slot 0"},
