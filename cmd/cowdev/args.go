@@ -2,6 +2,7 @@ package main
 
 import (
 	"fmt"
+	"slices"
 	"strings"
 
 	"github.com/urfave/cli/v2"
@@ -9,7 +10,9 @@ import (
 
 // reorder puts the flags of the verb in args before its arguments: the library
 // stops looking for flags at the first argument, and what follows would be
-// taken for arguments. "--" ends flags and stays in front of the arguments.
+// taken for arguments. "--" ends flags and stays in front of the arguments. A
+// value that is missing or empty is refused: to the verbs an empty one is that
+// of a flag which is not given, and merge --output "$UNSET" would merge in place.
 func reorder(args []string, commands []*cli.Command) ([]string, error) {
 	if len(args) < 2 {
 		return args, nil
@@ -36,35 +39,37 @@ func reorder(args []string, commands []*cli.Command) ([]string, error) {
 			plain = append(plain, arg)
 		default:
 			flags = append(flags, arg)
-			if !takesValue(verb, arg) {
+			name, value, given := strings.Cut(arg, "=")
+			if !takesValue(verb, name) {
 				continue
 			}
-			if len(rest) == 0 || rest[0] == "--" {
-				return nil, usagef("%s: %s needs a value", verb.Name, arg)
+			if !given && len(rest) > 0 && rest[0] != "--" {
+				value, given = rest[0], true
+				flags, rest = append(flags, value), rest[1:]
 			}
-			flags, rest = append(flags, rest[0]), rest[1:]
+			if !given || value == "" && !mayBeEmpty(name) {
+				return nil, usagef("%s: %s needs a value", verb.Name, name)
+			}
 		}
 	}
 	return append(append(flags, "--"), plain...), nil
 }
 
-// takesValue reports whether the argument after arg is the value of the flag
-// that arg names.
+// takesValue reports whether the flag that arg names has a value.
 func takesValue(verb *cli.Command, arg string) bool {
 	name := strings.TrimLeft(arg, "-")
-	if strings.Contains(name, "=") {
-		return false
-	}
 	for _, f := range verb.Flags {
-		for _, n := range f.Names() {
-			if n == name {
-				_, isBool := f.(*cli.BoolFlag)
-				return !isBool
-			}
+		if slices.Contains(f.Names(), name) {
+			_, isBool := f.(*cli.BoolFlag)
+			return !isBool
 		}
 	}
 	return false
 }
+
+// mayBeEmpty reports whether the empty value of the flag that arg names means
+// something: that of --export is the default export's name.
+func mayBeEmpty(arg string) bool { return strings.TrimLeft(arg, "-") == "export" }
 
 // arguments returns the arguments of c by usage, a verb's usage line or what
 // of it applies, in which "[NAME]" is optional: as many strings as it has

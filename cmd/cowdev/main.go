@@ -63,6 +63,8 @@ func newApp(stdout, stderr io.Writer) *cli.App {
 		OnUsageError:           usageFailure,
 		Action:                 noVerb,
 		UseShortOptionHandling: false,
+		// A comma may be part of a path; who means two gives the flag twice.
+		DisableSliceFlagSeparator: true,
 	}
 	for _, c := range app.Commands {
 		c.OnUsageError = usageFailure

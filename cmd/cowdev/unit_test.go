@@ -13,6 +13,8 @@ import (
 	"syscall"
 	"testing"
 
+	"github.com/urfave/cli/v2"
+
 	"github.com/cowdev/cowdev/block"
 	"github.com/cowdev/cowdev/exception"
 	"github.com/cowdev/cowdev/image"
@@ -55,6 +57,35 @@ func TestReorder(t *testing.T) {
 	for _, in := range []string{"serve BASE COW --socket", "serve --socket -- BASE COW"} {
 		if _, err := reorder(append([]string{"cowdev"}, strings.Fields(in)...), commands); exitStatus(err) != exitUsage {
 			t.Errorf("%s: %v, expected a usage error", in, err)
+		}
+	}
+}
+
+// TestEmptyValues: a flag of any verb that is given an empty value is refused,
+// in each form, but for --export, whose empty value is a name.
+func TestEmptyValues(t *testing.T) {
+	commands := newApp(nil, nil).Commands
+	for _, c := range commands {
+		for _, f := range c.Flags {
+			if _, isBool := f.(*cli.BoolFlag); isBool {
+				continue
+			}
+			for _, name := range f.Names() {
+				dashed := strings.Repeat("-", min(len(name), 2)) + name
+				for _, words := range [][]string{{dashed, ""}, {dashed + "="}} {
+					_, err := reorder(append([]string{"cowdev", c.Name, "BASE", "COW"}, words...), commands)
+					if name == "export" {
+						if err != nil {
+							t.Errorf("%s %q: %v", c.Name, words, err)
+						}
+						continue
+					}
+					want := fmt.Sprintf("%s: %s needs a value", c.Name, dashed)
+					if exitStatus(err) != exitUsage || err.Error() != want {
+						t.Errorf("%s %q: %v, expected the usage error %q", c.Name, words, err, want)
+					}
+				}
+			}
 		}
 	}
 }
