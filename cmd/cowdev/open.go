@@ -274,7 +274,7 @@ func (v *view) create(path string, o viewOptions) (*disk.OS, error) {
 }
 
 // make writes an empty store for the base into f.
-func (v *view) make(f *disk.OS, path string, o viewOptions) error {
+func (v *view) make(f disk.File, path string, o viewOptions) error {
 	look := o.look
 	if o.temporary {
 		look = image.DigestOff // nobody will ask
