@@ -31,7 +31,8 @@ var _ File = (*OS)(nil)
 
 // OpenOS opens a regular file or a block device; flags are those of
 // os.OpenFile. A file that it creates gets mode 0666 before umask. Anything
-// else (a directory, a pipe) is refused with an error that wraps ErrKind.
+// else (a directory, a pipe) is refused with an error that wraps ErrKind, and
+// writing to a block device that is set read-only with fs.ErrPermission.
 func OpenOS(path string, flags int) (*OS, error) {
 	// O_NONBLOCK: opening a pipe must not wait for its other end.
 	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK, 0o666)
@@ -39,10 +40,27 @@ func OpenOS(path string, flags int) (*OS, error) {
 		return nil, unwrapPath(path, err)
 	}
 	o, err := NewOS(f)
-	if err == nil {
-		err = unix.SetNonblock(o.fd, false)
+	if err != nil {
+		return nil, err
 	}
-	return o, err
+	if err = unix.SetNonblock(o.fd, false); err == nil && flags&unix.O_ACCMODE != os.O_RDONLY {
+		err = o.checkWritable()
+	}
+	if err != nil {
+		f.Close()
+		return nil, err
+	}
+	return o, nil
+}
+
+// checkWritable refuses a block device that is set read-only: it can be opened
+// for writing, and then fails every write.
+func (o *OS) checkWritable() error {
+	var ro int32
+	if !o.device || ioctl(o.fd, unix.BLKROGET, &ro) != nil || ro == 0 {
+		return nil
+	}
+	return fmt.Errorf("%s: the device is set read-only (blockdev --setrw): %w", o.Name(), fs.ErrPermission)
 }
 
 // OpenTemp makes a file without a name in dir, which is gone with its last
