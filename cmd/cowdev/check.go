@@ -19,7 +19,8 @@ func checkCommand() *cli.Command {
 		Usage:     "Look for damage in COW, and whether BASE is its base",
 		ArgsUsage: "COW [BASE]",
 		Description: "Exit status: 0 clean, 1 nothing is lost but space or safety, 6 wrong base, 8 damaged, 10 repaired.\n" +
-			"--deep also keeps the base's full digest in COW, where it was not known.",
+			"--deep also keeps the base's full digest in COW, where it was not known; with --accept-base\n" +
+			"it is that of BASE as it is now.",
 		Flags: append([]cli.Flag{
 			jsonFlag,
 			&cli.BoolFlag{Name: "deep", Usage: "read all of BASE and compare its digest"},
@@ -170,17 +171,33 @@ func checkBase(c *cli.Context, basePath, cowPath string, o viewOptions, r *check
 	if err != nil {
 		return err
 	}
-	switch id := v.identity; {
-	case id.Full != nil && o.deep:
-		r.Base = "all of it is as it was"
-	case id.Full != nil:
-		r.Base = "size, time and sample are as they were; the digest of all of it is known"
-	case id.Sample != nil && o.look != image.DigestOff:
-		r.Base = "size, time and sample are as they were"
-	default:
-		r.Base = "not compared"
-	}
+	r.Base = v.told(o)
 	return v.Close()
+}
+
+// told says what is known of the base, which was opened with o.
+func (v *view) told(o viewOptions) string {
+	id := v.identity
+	sampled := id.Sample != nil && o.look != image.DigestOff
+	switch {
+	case o.accept && id.Full != nil:
+		return "accepted as it is now; the digest of all of it is kept"
+	case o.accept && sampled:
+		return "accepted as it is now; its size, time and sample are kept"
+	case o.accept:
+		return "accepted as it is now; none of its contents are kept to compare"
+	case v.store.Header().State == exception.Merging && sampled:
+		return "half merged; of the sample, what the store does not hold is as it was"
+	case v.store.Header().State == exception.Merging:
+		return "half merged; not compared"
+	case id.Full != nil && o.deep:
+		return "all of it is as it was"
+	case id.Full != nil:
+		return "size, time and sample are as they were; the digest of all of it is known"
+	case sampled:
+		return "size, time and sample are as they were"
+	}
+	return "not compared"
 }
 
 func (r *checkResult) print(c *cli.Context) error {

@@ -309,6 +309,14 @@ func (v *view) recognise(ctx context.Context, c *cli.Context, cowPath string, o 
 		if v.identity, err = v.base.Identify(o.look); err != nil {
 			return err
 		}
+		if o.deep && h.State != exception.Merging {
+			p := newProgress(c, "read "+v.base.Path(), v.base.Size())
+			v.identity.Full, err = v.base.FullDigest(ctx, image.FullOptions{Progress: p.set})
+			p.end()
+			if err != nil {
+				return err
+			}
+		}
 		return v.remember(was)
 	}
 	q := image.Question{Was: was, Look: o.look, Deep: o.deep}
