@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"os"
 	"os/signal"
 	"strings"
 	"syscall"
@@ -77,6 +78,8 @@ func exitStatus(err error) int {
 		return int(quiet)
 	case errors.As(err, &usage):
 		return exitUsage
+	case untold(err) && !errors.Is(err, context.Canceled):
+		return exitFailure // whatever kept the output away: no image is full
 	}
 	for _, s := range statuses {
 		for _, e := range s.errs {
@@ -86,6 +89,12 @@ func exitStatus(err error) int {
 		}
 	}
 	return exitFailure
+}
+
+// untold reports whether err is a failure to write to standard output.
+func untold(err error) bool {
+	var pe *fs.PathError
+	return errors.As(err, &pe) && pe.Op == "write" && pe.Path == os.Stdout.Name()
 }
 
 // report prints err in one line.

@@ -82,7 +82,10 @@ func mergeView(c *cli.Context, basePath, cowPath string, o viewOptions) (err err
 		return err
 	}
 	r.Done = !dry
-	return r.print(c)
+	if err = r.print(c); err != nil && r.Done {
+		err = fmt.Errorf("%s is merged, but that could not be printed: %w", r.Target, err)
+	}
+	return err
 }
 
 // mergeTo writes the merged image to a new file.
