@@ -17,7 +17,7 @@ func diffCommand() *cli.Command {
 		Name:      "diff",
 		Usage:     "Show what differs between BASE and what COW makes of it",
 		ArgsUsage: "BASE COW",
-		Description: "By blocks, and with --files by files. Exit status: 0 no difference, 1 there are differences.\n" +
+		Description: "By blocks, and with --files by files. Exit status: 0 no difference, 1 there are differences, more: failed.\n" +
 			"Only what COW holds is read; blocks that were written with the bytes that BASE has are no difference.",
 		Flags: append(append([]cli.Flag{
 			jsonFlag,
@@ -29,16 +29,29 @@ func diffCommand() *cli.Command {
 				return err
 			}
 			if c.Bool("files") {
-				return diffFiles(c, args[0], args[1])
+				return differ(diffFiles(c, args[0], args[1]))
 			}
 			for _, name := range []string{"all", "no-renames", "stat", "content", "tar", "partition"} {
 				if c.IsSet(name) {
 					return usagef("diff: --%s goes with --files", name)
 				}
 			}
-			return diffBlocks(c, args[0], args[1])
+			return differ(diffBlocks(c, args[0], args[1]))
 		},
 	}
+}
+
+// differ returns what the exit status of diff says. Status 1 is kept for
+// differences: a failure that has it elsewhere, as a disk that cannot be read,
+// counts as a file that is not readable.
+func differ(different bool, err error) error {
+	switch {
+	case err == nil && different:
+		return quietError(exitFailure)
+	case exitStatus(err) == exitFailure:
+		return statusError{err, exitFile}
+	}
+	return err
 }
 
 // diffRun is a run of blocks as JSON has it.
@@ -50,25 +63,22 @@ type diffRun struct {
 }
 
 // diffBlocks is diff BASE COW.
-func diffBlocks(c *cli.Context, basePath, cowPath string) (err error) {
+func diffBlocks(c *cli.Context, basePath, cowPath string) (different bool, err error) {
 	ctx, stop := untilSignal(c)
 	defer stop()
 	o, err := viewOptionsOf(c)
 	if err != nil {
-		return err
+		return false, err
 	}
 	o.readOnly, o.existing = true, true
 	v, err := openView(ctx, c, basePath, cowPath, o)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer func() { err = errors.Join(err, v.Close()) }()
 
 	sum, err := v.printDiff(ctx, c)
-	if err == nil && sum.Different > 0 {
-		err = quietError(exitFailure)
-	}
-	return err
+	return sum.Different > 0, err
 }
 
 // printDiff prints the differences in the form that was asked for.

@@ -28,17 +28,17 @@ func diffFilesFlags() []cli.Flag {
 }
 
 // diffFiles is diff --files BASE COW.
-func diffFiles(c *cli.Context, basePath, cowPath string) (err error) {
+func diffFiles(c *cli.Context, basePath, cowPath string) (different bool, err error) {
 	limit, err := parseSize(c.String("content-limit"))
 	if err != nil {
-		return usagef("--content-limit: %w", err)
+		return false, usagef("--content-limit: %w", err)
 	}
 	if n := countSet(c, "stat", "content", "json"); n > 1 || n > 0 && c.String("tar") == "-" {
-		return usagef("diff --files: --stat, --content, --json and --tar - each take all of the output, expected one of them")
+		return false, usagef("diff --files: --stat, --content, --json and --tar - each take all of the output, expected one of them")
 	}
 	v, err := openPair(c, basePath, cowPath)
 	if err != nil {
-		return err
+		return false, err
 	}
 	defer func() { err = errors.Join(err, v.close()) }()
 	var r *files.Result
@@ -48,18 +48,15 @@ func diffFiles(c *cli.Context, basePath, cowPath string) (err error) {
 		return err
 	})
 	if err != nil {
-		return fmt.Errorf("compare %s with %s: %w", basePath, cowPath, err)
+		return false, fmt.Errorf("compare %s with %s: %w", basePath, cowPath, err)
 	}
 	if err := writeDiffFiles(c, r, now, limit); err != nil {
-		return err
+		return false, err
 	}
 	if len(r.Encrypted) > 0 {
-		return passedOver(c, r.Encrypted)
+		return false, passedOver(c, r.Encrypted)
 	}
-	if len(r.Changes) > 0 {
-		return quietError(exitFailure)
-	}
-	return nil
+	return len(r.Changes) > 0, nil
 }
 
 // passedOver tells of the paths that were not looked into. The status is that of

@@ -48,6 +48,14 @@ type quietError int
 
 func (q quietError) Error() string { return fmt.Sprintf("exit status %d", int(q)) }
 
+// statusError is an error with a status of its own.
+type statusError struct {
+	error
+	status int
+}
+
+func (s statusError) Unwrap() error { return s.error }
+
 // statuses says which errors have which exit status; the first that matches
 // counts.
 var statuses = []struct {
@@ -71,9 +79,12 @@ var statuses = []struct {
 func exitStatus(err error) int {
 	var usage usageError
 	var quiet quietError
+	var own statusError
 	switch {
 	case err == nil:
 		return exitDone
+	case errors.As(err, &own):
+		return own.status
 	case errors.As(err, &quiet):
 		return int(quiet)
 	case errors.As(err, &usage):

@@ -7,6 +7,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"slices"
 	"strings"
@@ -118,6 +119,29 @@ func TestExitStatus(t *testing.T) {
 		}
 		if got := exitStatus(err); got != c.want {
 			t.Errorf("%v: status %d, expected %d", c.err, got, c.want)
+		}
+	}
+}
+
+// TestDiffStatus: 1 says that there are differences and nothing else.
+func TestDiffStatus(t *testing.T) {
+	for _, c := range []struct {
+		different bool
+		err       error
+		want      int
+	}{
+		{false, nil, 0},
+		{true, nil, 1},
+		{false, syscall.EIO, 3},
+		{true, syscall.EIO, 3},
+		{false, io.ErrUnexpectedEOF, 3},
+		{true, exception.ErrCorrupt, 8},
+		{true, context.Canceled, 5},
+		{false, usagef("x"), 2},
+	} {
+		err := differ(c.different, c.err)
+		if got := exitStatus(err); got != c.want || c.err != nil && !errors.Is(err, c.err) {
+			t.Errorf("%v, %v: status %d, %v, expected %d", c.different, c.err, got, err, c.want)
 		}
 	}
 }
