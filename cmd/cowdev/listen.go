@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"net"
-	"net/url"
 	"os"
 	"os/user"
 	"path/filepath"
@@ -72,13 +71,13 @@ func listenAll(lc listenConfig) ([]listener, error) {
 }
 
 func (lc listenConfig) unixURI(path string) string {
-	return lc.scheme() + "+unix:///" + url.PathEscape(lc.export) + "?socket=" + escapePath(path)
+	return lc.scheme() + "+unix:///" + escape(lc.export, "") + "?socket=" + escape(path, "/")
 }
 
 func (lc listenConfig) tcpURI(at *net.TCPAddr) string {
 	uri := lc.scheme() + "://" + at.String()
 	if lc.export != "" {
-		uri += "/" + url.PathEscape(lc.export)
+		uri += "/" + escape(lc.export, "")
 	}
 	return uri
 }
@@ -101,10 +100,20 @@ func (lc listenConfig) hint(where string) string {
 	return cmd + " /dev/nbd0"
 }
 
-// escapePath writes a path as the value of a URI's query, with slashes as they
-// are, for people to read.
-func escapePath(path string) string {
-	return strings.ReplaceAll(url.PathEscape(path), "%2F", "/")
+// escape writes s as a part of a URI: all but what RFC 3986 has no use for, and
+// the bytes of keep, is percent-encoded. A query is taken apart at other bytes
+// by each client.
+func escape(s, keep string) string {
+	const unreserved = "abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-._~"
+	var b strings.Builder
+	for _, c := range []byte(s) {
+		if strings.IndexByte(unreserved, c) >= 0 || strings.IndexByte(keep, c) >= 0 {
+			b.WriteByte(c)
+		} else {
+			fmt.Fprintf(&b, "%%%02X", c)
+		}
+	}
+	return b.String()
 }
 
 // shellWord quotes s where a shell would take it apart.

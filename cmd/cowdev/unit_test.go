@@ -164,6 +164,10 @@ func TestURIs(t *testing.T) {
 	if got, want := lc.unixURI("/run/my disk.sock"), "nbds+unix:///a%20b%2Fc?socket=/run/my%20disk.sock"; got != want {
 		t.Errorf("%s, expected %s", got, want)
 	}
+	lc = listenConfig{}
+	if got, want := lc.unixURI("/a&b+c#d?e%f g\n;=é~.sock"), "nbd+unix:///?socket=/a%26b%2Bc%23d%3Fe%25f%20g%0A%3B%3D%C3%A9~.sock"; got != want {
+		t.Errorf("%s, expected %s", got, want)
+	}
 	if got, want := shellWord("it's"), `'it'\''s'`; got != want {
 		t.Errorf("%s, expected %s", got, want)
 	}

@@ -93,12 +93,26 @@ func parse(address string) (network, at, export string, err error) {
 		}
 		return "tcp", at, export, nil
 	case "nbd+unix":
-		if at = u.Query().Get("socket"); at == "" {
+		if at, err = parameter(u.RawQuery, "socket"); err != nil {
+			return "", "", "", fmt.Errorf("%s: not an NBD URI: %w", address, err)
+		}
+		if at == "" {
 			return "", "", "", fmt.Errorf("%s: the URI names no socket, expected ?socket=PATH", address)
 		}
 		return "unix", at, export, nil
 	}
 	return "", "", "", fmt.Errorf("%s: expected a URI nbd:// or nbd+unix://; TLS is not spoken here", address)
+}
+
+// parameter returns the value of the first parameter of that name, or nothing.
+// Unlike in a form, a + is itself.
+func parameter(query, name string) (string, error) {
+	for pair := range strings.SplitSeq(query, "&") {
+		if key, value, _ := strings.Cut(pair, "="); key == name {
+			return url.PathUnescape(value)
+		}
+	}
+	return "", nil
 }
 
 // Size returns the device's bytes.
