@@ -234,6 +234,18 @@ func tcpAddress(s string) (*net.TCPAddr, error) {
 	return &net.TCPAddr{IP: ips[0].IP, Zone: ips[0].Zone, Port: int(n)}, nil
 }
 
+// userID returns the number of the user name.
+func userID(name string) (int, error) {
+	if u, err := user.Lookup(name); err == nil {
+		name = u.Uid
+	}
+	uid, err := strconv.ParseUint(name, 10, 32)
+	if err != nil {
+		return 0, usagef("--allow-uid: no user %q", name)
+	}
+	return int(uid), nil
+}
+
 // groupID returns the number of the group name, or -1 where it is empty.
 func groupID(name string) (int, error) {
 	if name == "" {

@@ -15,12 +15,14 @@ import (
 	"sync"
 	"syscall"
 	"time"
+	"unicode/utf8"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/cowdev/cowdev/block"
 	"github.com/cowdev/cowdev/exception"
 	"github.com/cowdev/cowdev/image"
+	"github.com/cowdev/cowdev/internal/nbd"
 	"github.com/cowdev/cowdev/nbdserver"
 )
 
@@ -66,7 +68,7 @@ func exposureFlags() []cli.Flag {
 		&cli.StringFlag{Name: "tls-ca", Usage: "certificate of the authority that signs the clients' certificates"},
 		&cli.StringFlag{Name: "tls-cert", Usage: "certificate of the server"},
 		&cli.StringFlag{Name: "tls-key", Usage: "key of the server"},
-		&cli.IntSliceFlag{Name: "allow-uid", Usage: "user that may connect to unix sockets; repeatable", DefaultText: "all"},
+		&cli.StringSliceFlag{Name: "allow-uid", Usage: "user, by name or number, that may connect to unix sockets; repeatable", DefaultText: "all"},
 		&cli.StringSliceFlag{Name: "allow-net", Usage: "network CIDR that may connect by TCP; repeatable", DefaultText: "all"},
 		&cli.IntFlag{Name: "max-connections", Value: nbdserver.DefaultMaxConnections, Usage: "connections at once"},
 		&cli.DurationFlag{Name: "handshake-timeout", Value: nbdserver.DefaultHandshakeTimeout, Usage: "for a client to get through the handshake"},
@@ -238,7 +240,13 @@ func (sc *serveConfig) limits(c *cli.Context) error {
 	if s.HandshakeTimeout <= 0 || s.IdleTimeout < 0 {
 		return usagef("--handshake-timeout and --idle-timeout: expected a duration such as 10s")
 	}
-	s.AllowUIDs = c.IntSlice("allow-uid")
+	for _, name := range c.StringSlice("allow-uid") {
+		uid, err := userID(name)
+		if err != nil {
+			return err
+		}
+		s.AllowUIDs = append(s.AllowUIDs, uid)
+	}
 	for _, cidr := range c.StringSlice("allow-net") {
 		p, err := netip.ParsePrefix(cidr)
 		if err != nil {
@@ -254,6 +262,12 @@ func (sc *serveConfig) limits(c *cli.Context) error {
 func (sc *serveConfig) listeners(c *cli.Context) error {
 	lc := &sc.listen
 	lc.export, lc.tls = c.String("export"), sc.server.TLS == nbdserver.TLSRequire
+	if n := len(lc.export); n > nbd.MaxString {
+		return usagef("--export: a name of %d bytes, expected at most %d", n, nbd.MaxString)
+	}
+	if !utf8.ValidString(lc.export) {
+		return usagef("--export: %q: expected UTF-8", lc.export)
+	}
 	mode, err := strconv.ParseUint(c.String("socket-mode"), 8, 32)
 	if err != nil || mode > 0o777 {
 		return usagef("--socket-mode: %q: expected octal permissions such as 0660", c.String("socket-mode"))
