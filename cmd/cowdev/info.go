@@ -130,8 +130,10 @@ func lookAt(path string) (*storeInfo, error) {
 	u := usageOf(s)
 	info.Chunks, info.Stored, info.Zero = u.chunks, u.stored, u.zero
 	info.Broken = exception.Shared{}.Broken(s.Header().UUID)
-	if r, err := roomFor(path, info.DeviceSize, u); err == nil {
-		info.Room = &r
+	if !f.IsDevice() { // whose path lies on a filesystem that says nothing of it
+		if r, err := roomFor(path, info.DeviceSize, u); err == nil {
+			info.Room = &r
+		}
 	}
 	return info, nil
 }

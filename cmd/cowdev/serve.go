@@ -373,7 +373,7 @@ func tellListeners(c *cli.Context, listeners []listener) {
 func (sc *serveConfig) background(ctx context.Context, c *cli.Context, v *view, server *nbdserver.Server) (end func()) {
 	ctx, cancel := context.WithCancel(ctx)
 	var running sync.WaitGroup
-	if sc.cow != "" && !sc.view.readOnly {
+	if sc.cow != "" && !sc.view.readOnly && !v.file.IsDevice() {
 		running.Go(func() {
 			watchRoom(ctx, v.store, sc.cow, func(format string, args ...any) { warn(c, format, args...) })
 		})
