@@ -78,7 +78,7 @@ func copyBase(ctx context.Context, v View, out *disk.OS) error {
 		for _, e := range extents {
 			if e.State == block.FromBase && !e.Hole {
 				if err := c.copy(ctx, e.Off, e.N); err != nil {
-					return fmt.Errorf("copy %s: %w", v.Base.Path(), err)
+					return fmt.Errorf("copy %s to %s: %w", v.Base.Path(), out.Name(), err)
 				}
 			}
 			off = e.End()
@@ -136,17 +136,21 @@ type output struct {
 	temp string // the name it has meanwhile, where it cannot be without one
 }
 
+// newOutput opens the file. Errors tell of it by path, also while it has no
+// name: what the system would tell is its directory.
 func newOutput(path string) (*output, error) {
-	dir := filepath.Dir(path)
-	f, err := disk.OpenOS(dir, os.O_RDWR|unix.O_TMPFILE)
-	switch {
-	case err == nil:
-		return &output{f: f}, nil
-	case !errors.Is(err, unix.EOPNOTSUPP) && !errors.Is(err, unix.EISDIR):
-		return nil, err
+	fd, err := unix.Open(filepath.Dir(path), unix.O_RDWR|unix.O_TMPFILE|unix.O_CLOEXEC, 0o666)
+	switch err {
+	case nil:
+		f, err := disk.NewOS(os.NewFile(uintptr(fd), path))
+		return &output{f: f}, err
+	case unix.EOPNOTSUPP, unix.EISDIR:
+	default:
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	temp := fmt.Sprintf("%s.cowdev-%d", path, os.Getpid())
-	if f, err = disk.OpenOS(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL); err != nil {
+	f, err := disk.OpenOS(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL)
+	if err != nil {
 		return nil, err
 	}
 	return &output{f: f, temp: temp}, nil
