@@ -141,7 +141,7 @@ func (b *Base) compareSamples(q Question, now *Sample) error {
 	if q.Except != nil {
 		return nil
 	}
-	return fmt.Errorf("%s: its sample differs: %w", b.path, ErrWrongBase)
+	return fmt.Errorf("%s: its sample differs (%s): %w", b.path, remedy, ErrWrongBase)
 }
 
 func excepted(piece []extent, except func(off, n int64) bool) bool {
@@ -163,11 +163,14 @@ func (b *Base) compareFull(was, now *Full) error {
 			return b.differs(off, end)
 		}
 	}
-	return fmt.Errorf("%s: its digest differs: %w", b.path, ErrWrongBase)
+	return fmt.Errorf("%s: its digest differs (%s): %w", b.path, remedy, ErrWrongBase)
 }
 
+// remedy is what to do about a base that differs.
+const remedy = "bring that one back, or --accept-base to go on with this one"
+
 func (b *Base) differs(off, end int64) error {
-	return fmt.Errorf("%s: bytes %d to %d differ from the base that the store was made over: %w", b.path, off, end-1, ErrWrongBase)
+	return fmt.Errorf("%s: bytes %d to %d differ from the base that the store was made over (%s): %w", b.path, off, end-1, remedy, ErrWrongBase)
 }
 
 // stamp returns what changes when the base is written or replaced: the time

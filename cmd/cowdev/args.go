@@ -37,10 +37,16 @@ func reorder(args []string, commands []*cli.Command) ([]string, error) {
 			plain, rest = append(plain, rest...), nil
 		case arg == "-" || !strings.HasPrefix(arg, "-"):
 			plain = append(plain, arg)
+		case slices.Contains([]string{"--help", "-help", "-h", "--h"}, arg):
+			return []string{args[0], args[1], "--help"}, nil // whatever else is there
 		default:
 			flags = append(flags, arg)
 			name, value, given := strings.Cut(arg, "=")
-			if !takesValue(verb, name) {
+			f := flagOf(verb, name)
+			if f == nil {
+				return nil, usagef("%s: there is no flag %s; cowdev %s --help lists them", verb.Name, name, verb.Name)
+			}
+			if _, isBool := f.(*cli.BoolFlag); isBool {
 				continue
 			}
 			if !given && len(rest) > 0 && rest[0] != "--" {
@@ -55,16 +61,15 @@ func reorder(args []string, commands []*cli.Command) ([]string, error) {
 	return append(append(flags, "--"), plain...), nil
 }
 
-// takesValue reports whether the flag that arg names has a value.
-func takesValue(verb *cli.Command, arg string) bool {
+// flagOf returns the flag that arg names, or nil.
+func flagOf(verb *cli.Command, arg string) cli.Flag {
 	name := strings.TrimLeft(arg, "-")
 	for _, f := range verb.Flags {
 		if slices.Contains(f.Names(), name) {
-			_, isBool := f.(*cli.BoolFlag)
-			return !isBool
+			return f
 		}
 	}
-	return false
+	return nil
 }
 
 // mayBeEmpty reports whether the empty value of the flag that arg names means

@@ -97,12 +97,15 @@ func (r *checkResult) verdict(harmed bool) error {
 	return nil
 }
 
+// checkLocked is what to do where somebody else has the store or the base.
+const checkLocked = "check when that process has ended; info looks without a lock"
+
 // checkStore checks the store at path and repairs it if it is to; harmed says
 // that it is damaged afterwards.
 func checkStore(path string, repair bool) (r *checkResult, harmed bool, err error) {
 	f, err := openStoreFile(path, !repair)
 	if err != nil {
-		return nil, false, err
+		return nil, false, ifLocked(err, checkLocked)
 	}
 	defer f.Close()
 	rep, err := exception.Check(f)
@@ -169,7 +172,7 @@ func (r *checkResult) fill(rep *exception.Report) {
 func checkBase(c *cli.Context, basePath, cowPath string, o viewOptions, r *checkResult) error {
 	v, err := openView(c.Context, c, basePath, cowPath, o)
 	if err != nil {
-		return err
+		return ifLocked(err, checkLocked)
 	}
 	r.Base = v.told(o)
 	return v.Close()

@@ -73,7 +73,7 @@ func diffBlocks(c *cli.Context, basePath, cowPath string) (different bool, err e
 	o.readOnly, o.existing = true, true
 	v, err := openView(ctx, c, basePath, cowPath, o)
 	if err != nil {
-		return false, err
+		return false, ifLocked(err, "compare when that process has ended, or with --files name the socket of its server instead of COW")
 	}
 	defer func() { err = errors.Join(err, v.Close()) }()
 

@@ -114,7 +114,9 @@ func report(w io.Writer, err error) {
 	if errors.As(err, &quiet) {
 		return
 	}
-	fmt.Fprintf(w, "cowdev: %s\n", strings.ReplaceAll(err.Error(), "\n", "; "))
+	text := strings.ReplaceAll(err.Error(), "\n", "; ")
+	text = strings.ReplaceAll(text, context.Canceled.Error(), "interrupted")
+	fmt.Fprintf(w, "cowdev: %s\n", text)
 }
 
 // untilSignal returns the context of a verb that can be interrupted.

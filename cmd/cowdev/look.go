@@ -14,7 +14,6 @@ import (
 	"github.com/cowdev/cowdev/block"
 	"github.com/cowdev/cowdev/files"
 	"github.com/cowdev/cowdev/image"
-	"github.com/cowdev/cowdev/internal/disk"
 	"github.com/cowdev/cowdev/internal/nbdview"
 )
 
@@ -102,11 +101,8 @@ func openPair(c *cli.Context, basePath, cowPath string) (*lookView, error) {
 	}
 	o.readOnly, o.existing = true, true
 	pair, err := openView(c.Context, c, basePath, cowPath, o)
-	if errors.Is(err, disk.ErrLocked) {
-		return nil, fmt.Errorf("%w; name the socket of its server instead of COW", err)
-	}
 	if err != nil {
-		return nil, err
+		return nil, ifLocked(err, "name the socket of its server instead of COW")
 	}
 	v := &lookView{Reader: pair.device, base: pair.base, close: pair.Close}
 	v.stored = func() ([]block.Extent, error) { return storedExtents(pair.device) }

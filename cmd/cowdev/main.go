@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"runtime/debug"
+	"strings"
 
 	"github.com/urfave/cli/v2"
 )
@@ -85,7 +86,19 @@ Flags, before or after the arguments:
 {{range .VisibleFlags}}   {{.}}
 {{end}}{{end}}`
 
-func usageFailure(_ *cli.Context, err error, _ bool) error { return usageError{err} }
+// usageFailure tells of what the library found wrong with a flag: of a verb's a
+// value, reorder having looked at the name.
+func usageFailure(c *cli.Context, err error, ofVerb bool) error {
+	text := strings.Replace(err.Error(), " for -", " for --", 1)
+	text = strings.Replace(text, " for flag -", " for --", 1)
+	if ofVerb {
+		return usagef("%s: %s", c.Command.Name, text)
+	}
+	if name, ok := strings.CutPrefix(text, "flag provided but not defined: -"); ok {
+		text = fmt.Sprintf("there is no flag %s%s before the verb", "--"[:min(len(name), 2)], name)
+	}
+	return usagef("%s; cowdev --help lists verbs", text)
+}
 
 func noVerb(c *cli.Context) error {
 	if c.Args().Present() {
@@ -97,7 +110,7 @@ func noVerb(c *cli.Context) error {
 	if err := cli.ShowAppHelp(c); err != nil {
 		return err
 	}
-	return usagef("a verb is missing")
+	return usagef("a verb is missing; cowdev --help lists them")
 }
 
 // version returns the module's version, and the revision it was built from

@@ -62,7 +62,7 @@ func mergeView(c *cli.Context, basePath, cowPath string, o viewOptions) (err err
 	o.readOnly, o.writable = output != "" || dry, output == "" && !dry
 	v, err := openView(ctx, c, basePath, cowPath, o)
 	if err != nil {
-		return err
+		return ifLocked(err, "merge when that process has ended")
 	}
 	defer func() { err = errors.Join(err, v.Close()) }()
 
@@ -117,10 +117,18 @@ func (v *view) mergeInto(ctx context.Context, c *cli.Context, cowPath string, pl
 		}
 	}
 	err := merge.Into(ctx, v.base.Disk(), v.store, mo)
-	if err != nil {
-		err = fmt.Errorf("%w (%s)", err, halfMerged(v.base.Path(), cowPath))
+	return unfinished(err, v.store.Header().State, v.base.Path(), cowPath)
+}
+
+// unfinished adds to the error of a merge in place what is left behind.
+func unfinished(err error, state exception.State, basePath, cowPath string) error {
+	switch {
+	case err == nil || state != exception.Merging:
+		return err
+	case errors.Is(err, context.Canceled):
+		return fmt.Errorf("%w, run merge again to finish (%s)", err, halfMerged(basePath, cowPath))
 	}
-	return err
+	return fmt.Errorf("%w (%s)", err, halfMerged(basePath, cowPath))
 }
 
 // identify returns the identity of the base as it is now.

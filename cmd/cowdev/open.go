@@ -233,6 +233,14 @@ func openStoreFile(path string, readOnly bool) (*disk.OS, error) {
 	return f, nil
 }
 
+// ifLocked adds to an error that tells of a lock what to do about it.
+func ifLocked(err error, hint string) error {
+	if errors.Is(err, disk.ErrLocked) {
+		return fmt.Errorf("%w; %s", err, hint)
+	}
+	return err
+}
+
 // lockStore locks f, and makes sure that path still names it: whoever held
 // the lock before may have removed the file.
 func lockStore(f *disk.OS, path string, shared bool) error {
@@ -253,6 +261,9 @@ func lockStore(f *disk.OS, path string, shared bool) error {
 // that fails.
 func (v *view) create(path string, o viewOptions) (*disk.OS, error) {
 	f, err := disk.OpenOS(path, os.O_RDWR|os.O_CREATE|os.O_EXCL)
+	if target, linkErr := os.Readlink(path); errors.Is(err, fs.ErrExist) && linkErr == nil {
+		return nil, fmt.Errorf("%s: a symbolic link to %s, which is not there; remove it or name a file: %w", path, target, err)
+	}
 	if err != nil {
 		return nil, err
 	}

@@ -146,6 +146,31 @@ func TestDiffStatus(t *testing.T) {
 	}
 }
 
+// TestInterrupted: a merge that is interrupted says so, and what to do, in one
+// line and in no other words than its user's.
+func TestInterrupted(t *testing.T) {
+	for _, c := range []struct {
+		err   error
+		state exception.State
+		want  string
+	}{
+		{context.Canceled, exception.Merging, "cowdev: interrupted, run merge again to finish (b is half merged and usable only with c until merge is run again)\n"},
+		{context.Canceled, exception.Active, "cowdev: interrupted\n"},
+		{syscall.EIO, exception.Merging, "cowdev: input/output error (b is half merged and usable only with c until merge is run again)\n"},
+		{syscall.EIO, exception.Active, "cowdev: input/output error\n"},
+		{nil, exception.Active, ""},
+	} {
+		var b strings.Builder
+		err := unfinished(c.err, c.state, "b", "c")
+		if err != nil {
+			report(&b, err)
+		}
+		if b.String() != c.want || !errors.Is(err, c.err) {
+			t.Errorf("%v, %v: %q, expected %q", c.err, c.state, b.String(), c.want)
+		}
+	}
+}
+
 func TestBlockBytes(t *testing.T) {
 	g := block.Geometry{Size: 64<<10 + 5000, ChunkSize: 64 << 10}
 	for _, c := range []struct {
