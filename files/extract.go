@@ -20,7 +20,9 @@ type ExtractOptions struct {
 	// set-id bits are not.
 	Archive bool
 
-	// Replace overwrites regular files that exist.
+	// Replace puts new files in the place of regular files and symbolic
+	// links that exist. Whatever else exists is in the way: a device in the
+	// destination may be one that the machine runs on.
 	Replace bool
 
 	// Encrypted is told the path of what is encrypted, and is passed over with
@@ -118,17 +120,29 @@ func (x *extractor) leaf(name string, f File) (made bool, err error) {
 	return false, nil
 }
 
+// clear makes room for a file at name.
+func (x *extractor) clear(name string) error {
+	info, err := x.root.Lstat(name)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if typ := info.Mode().Type(); typ == 0 || typ == fs.ModeSymlink {
+		return x.root.Remove(name)
+	}
+	return fmt.Errorf("a %s is there, only files and symbolic links are replaced: %w", TypeName(info.Mode()), unix.EEXIST)
+}
+
 // regular copies content.
 func (x *extractor) regular(name string, f File) (err error) {
-	flags := os.O_WRONLY | os.O_CREATE | os.O_EXCL
 	if x.o.Replace {
-		if info, err := x.root.Lstat(name); err == nil && !info.IsDir() {
-			if err := x.root.Remove(name); err != nil {
-				return err
-			}
+		if err := x.clear(name); err != nil {
+			return err
 		}
 	}
-	out, err := x.root.OpenFile(name, flags, 0o600)
+	out, err := x.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err
 	}

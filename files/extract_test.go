@@ -80,3 +80,47 @@ func TestExtractOver(t *testing.T) {
 		t.Errorf("outside the destination there is %v (%v)", left, err)
 	}
 }
+
+// Nothing but files and links gives way, when that is asked for.
+func TestExtractInTheWay(t *testing.T) {
+	source := t.TempDir()
+	if err := os.WriteFile(filepath.Join(source, "file"), []byte("new"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	image := filepath.Join(t.TempDir(), "image")
+	run(t, "mksquashfs", source, image, "-no-progress")
+	f, err := Lookup(openImage(t, image), "/file", false)
+	if err != nil {
+		t.Fatal(err)
+	}
+	out := t.TempDir()
+	root, err := os.OpenRoot(out)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer root.Close()
+	for name, mode := range map[string]uint32{"pipe": unix.S_IFIFO, "socket": unix.S_IFSOCK, "node": unix.S_IFCHR, "dir": unix.S_IFDIR} {
+		path := filepath.Join(out, name)
+		if mode == unix.S_IFDIR {
+			err = os.Mkdir(path, 0o700)
+		} else {
+			err = unix.Mknod(path, mode|0o600, int(unix.Mkdev(1, 3)))
+		}
+		if errors.Is(err, unix.EPERM) {
+			continue // making devices needs root
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		before, err := os.Lstat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Extract(f, root, name, ExtractOptions{Replace: true}); !errors.Is(err, fs.ErrExist) {
+			t.Errorf("onto %s: %v, expected that it exists", name, err)
+		}
+		if after, err := os.Lstat(path); err != nil || !os.SameFile(before, after) {
+			t.Errorf("%s: %v, %v, expected what was there", name, after, err)
+		}
+	}
+}
