@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"strings"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -32,9 +33,10 @@ type ExtractOptions struct {
 
 // Extract copies f, with all below it when it is a directory, to name in root.
 // Zeros become holes. A directory that exists is filled; a file that exists is
-// fs.ErrExist without Replace. Nothing is written outside root, whatever links
-// there are. It returns the paths, from f, of files that were passed over:
-// sockets, and without Archive devices.
+// fs.ErrExist without Replace. With it a device or fifo that is there already
+// is left as it is. Nothing is written outside root, whatever links there are.
+// It returns the paths, from f, of files that were passed over: sockets, and
+// without Archive devices.
 func Extract(f File, root *os.Root, name string, o ExtractOptions) (skipped []string, err error) {
 	x := &extractor{root: root, o: o, made: map[uint64]string{}}
 	err = Walk(name, f, x.one)
@@ -85,16 +87,20 @@ func (x *extractor) create(name string, f File) error {
 		x.dirs = append(x.dirs, extracted{name, f})
 		return err
 	}
+	if !x.takes(a.Mode) {
+		x.skipped = append(x.skipped, name)
+		return nil
+	}
+	if x.o.Replace {
+		if kept, err := x.clear(name, a); kept || err != nil {
+			return err
+		}
+	}
 	if first := x.made[a.ID]; x.o.Archive && first != "" && a.Links > 1 {
 		return x.root.Link(first, name)
 	}
-	made, err := x.leaf(name, f)
-	if err != nil {
+	if err := x.leaf(name, f); err != nil {
 		return err
-	}
-	if !made {
-		x.skipped = append(x.skipped, name)
-		return nil
 	}
 	if a.ID != 0 {
 		x.made[a.ID] = name
@@ -102,46 +108,57 @@ func (x *extractor) create(name string, f File) error {
 	return x.attributes(name, f)
 }
 
-// leaf makes what is no directory; false says that it was passed over.
-func (x *extractor) leaf(name string, f File) (made bool, err error) {
-	a := f.Attr()
-	switch typ := a.Mode.Type(); {
-	case typ == 0:
-		return true, x.regular(name, f)
-	case typ == fs.ModeSymlink:
-		target, err := f.Link()
-		if err != nil {
-			return false, err
-		}
-		return true, x.root.Symlink(target, name)
-	case x.o.Archive && typ&(fs.ModeDevice|fs.ModeNamedPipe) != 0:
-		return true, x.special(name, a)
+// takes reports whether a file that is no directory is copied.
+func (x *extractor) takes(mode fs.FileMode) bool {
+	switch typ := mode.Type(); {
+	case typ == 0 || typ == fs.ModeSymlink:
+		return true
+	default:
+		return x.o.Archive && typ&(fs.ModeDevice|fs.ModeNamedPipe) != 0
 	}
-	return false, nil
 }
 
-// clear makes room for a file at name.
-func (x *extractor) clear(name string) error {
+// clear makes room for a file at name. It is kept where it is the device or
+// fifo that would be made.
+func (x *extractor) clear(name string, a Attr) (kept bool, err error) {
 	info, err := x.root.Lstat(name)
 	if errors.Is(err, fs.ErrNotExist) {
-		return nil
+		return false, nil
 	}
 	if err != nil {
-		return err
+		return false, err
 	}
-	if typ := info.Mode().Type(); typ == 0 || typ == fs.ModeSymlink {
-		return x.root.Remove(name)
+	typ := info.Mode().Type()
+	if typ == 0 || typ == fs.ModeSymlink {
+		return false, x.root.Remove(name)
 	}
-	return fmt.Errorf("a %s is there, only files and symbolic links are replaced: %w", TypeName(info.Mode()), unix.EEXIST)
+	// Two fifos have the number 0 both.
+	st, ok := info.Sys().(*syscall.Stat_t)
+	if ok && typ != fs.ModeDir && typ == a.Mode.Type() && st.Rdev == unix.Mkdev(a.Major, a.Minor) {
+		return true, nil
+	}
+	return false, fmt.Errorf("a %s is there, only files and symbolic links are replaced: %w", TypeName(info.Mode()), unix.EEXIST)
+}
+
+// leaf makes what takes accepts.
+func (x *extractor) leaf(name string, f File) error {
+	a := f.Attr()
+	switch a.Mode.Type() {
+	case 0:
+		return x.regular(name, f)
+	case fs.ModeSymlink:
+		target, err := f.Link()
+		if err != nil {
+			return err
+		}
+		return x.root.Symlink(target, name)
+	default:
+		return x.special(name, a)
+	}
 }
 
 // regular copies content.
 func (x *extractor) regular(name string, f File) (err error) {
-	if x.o.Replace {
-		if err := x.clear(name); err != nil {
-			return err
-		}
-	}
 	out, err := x.root.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err

@@ -124,3 +124,60 @@ func TestExtractInTheWay(t *testing.T) {
 		}
 	}
 }
+
+// A tree with files of every kind can be copied twice to one place.
+func TestExtractReplaces(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("making devices needs root")
+	}
+	source := t.TempDir()
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(os.WriteFile(filepath.Join(source, "file"), []byte("new"), 0o644))
+	must(os.Link(filepath.Join(source, "file"), filepath.Join(source, "hard")))
+	must(os.Symlink("file", filepath.Join(source, "link")))
+	must(unix.Mkfifo(filepath.Join(source, "pipe"), 0o600))
+	must(unix.Mknod(filepath.Join(source, "node"), unix.S_IFCHR|0o600, int(unix.Mkdev(1, 3))))
+	image := filepath.Join(t.TempDir(), "image")
+	must(os.WriteFile(image, nil, 0o644))
+	must(os.Truncate(image, 8<<20))
+	run(t, "mke2fs", "-q", "-F", "-t", "ext4", "-d", source, image)
+	fsys := openImage(t, image)
+	top, err := fsys.Root()
+	must(err)
+	out, outside := t.TempDir(), t.TempDir()
+	root, err := os.OpenRoot(out)
+	must(err)
+	defer root.Close()
+	extract := func(f File, name string) error {
+		_, err := Extract(f, root, name, ExtractOptions{Archive: true, Replace: true})
+		return err
+	}
+	must(extract(top, "a"))
+	// A link that leads out stands where a file belongs.
+	kept := filepath.Join(outside, "kept")
+	must(os.WriteFile(kept, []byte("kept"), 0o644))
+	must(os.Remove(filepath.Join(out, "a/hard")))
+	must(os.Symlink(kept, filepath.Join(out, "a/hard")))
+	must(extract(top, "a"))
+	if got, err := os.ReadFile(kept); string(got) != "kept" {
+		t.Errorf("outside the destination: %q, %v", got, err)
+	}
+	file, err := os.Lstat(filepath.Join(out, "a/file"))
+	must(err)
+	hard, err := os.Lstat(filepath.Join(out, "a/hard"))
+	must(err)
+	if !os.SameFile(file, hard) {
+		t.Error("the hard link became a file of its own")
+	}
+
+	link, err := Lookup(fsys, "/link", false)
+	must(err)
+	if err := extract(link, "a/pipe"); !errors.Is(err, fs.ErrExist) {
+		t.Errorf("a link onto a fifo: %v, expected that it exists", err)
+	}
+}
