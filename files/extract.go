@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path"
+	"path/filepath"
 	"strings"
 	"syscall"
 	"time"
@@ -43,7 +44,9 @@ func Extract(f File, root *os.Root, name string, o ExtractOptions) (skipped []st
 	// Directories get their attributes last, deepest first: before, they may
 	// not be writable, and their times would change.
 	for i := len(x.dirs) - 1; i >= 0 && err == nil; i-- {
-		err = x.attributes(x.dirs[i].name, x.dirs[i].f)
+		if err = x.attributes(x.dirs[i].name, x.dirs[i].f); err != nil {
+			err = x.fail(x.dirs[i].name, err)
+		}
 	}
 	return x.skipped, err
 }
@@ -69,9 +72,21 @@ func (x *extractor) one(name string, f File) error {
 		return fs.SkipDir
 	}
 	if err := x.create(name, f); err != nil {
-		return fmt.Errorf("copy %s: %w", Quote(name), err)
+		return x.fail(name, err)
 	}
 	return nil
+}
+
+// fail tells of err at name. A root's own errors name the file again, and
+// without the root; those of the image stay whole.
+func (x *extractor) fail(name string, err error) error {
+	switch e := err.(type) {
+	case *fs.PathError:
+		err = e.Err
+	case *os.LinkError:
+		err = e.Err
+	}
+	return fmt.Errorf("copy to %s: %w", Quote(filepath.Join(x.root.Name(), name)), err)
 }
 
 func (x *extractor) create(name string, f File) error {

@@ -334,3 +334,30 @@ func TestLookUsage(t *testing.T) {
 	x.cowdev(t, exitFile, "ls", "--partition", "1", x.base)
 	x.cowdev(t, exitUsage, "diff", "--files", "--stat", "--json", x.base, x.cow)
 }
+
+// Where cp puts a file, and what it says where it cannot.
+func TestCopyTo(t *testing.T) {
+	x := newLookFixture(t, false)
+	t.Chdir(t.TempDir())
+	copied := func(status int, message string, args ...string) {
+		t.Helper()
+		var stderr bytes.Buffer
+		got := run(append([]string{"cowdev", "cp", x.base, "/etc/passwd"}, args...), io.Discard, &stderr)
+		if got != status || stderr.String() != message {
+			t.Errorf("cp to %q: status %d, expected %d\n%sexpected\n%s", args, got, status, stderr.String(), message)
+		}
+	}
+	must(t, os.Mkdir("dir", 0o700))
+	for _, dest := range []string{"new/", "new/.", "new/.."} {
+		copied(exitFile, "cowdev: "+dest+": expected a directory that exists; make it first: not a directory\n", dest)
+	}
+	if _, err := os.Lstat("new"); err == nil {
+		t.Error("new/ made a file called new")
+	}
+	copied(exitDone, "", "dir/")
+	copied(exitDone, "", "dir/other")
+	copied(exitFile, "cowdev: "+x.base+": copy to dir/passwd: file exists; --force replaces files and symbolic links\n", "dir")
+	copied(exitFile, "cowdev: "+x.base+": copy to dir/other: file exists; --force replaces files and symbolic links\n", "dir/other")
+	copied(exitDone, "", "dir/other", "--force")
+	copied(exitFile, "cowdev: dir/other/: expected a directory that exists; make it first: not a directory\n", "dir/other/")
+}
