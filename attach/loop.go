@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"path/filepath"
 	"strconv"
+	"strings"
 
 	"golang.org/x/sys/unix"
 )
@@ -142,4 +144,16 @@ func LoopBack(name string) string {
 		return ""
 	}
 	return unix.ByteSliceToString(info.File_name[:])
+}
+
+// loopsOn returns the loop devices that are parts of a device. It asks sysfs:
+// nothing has to be opened, which a dead device may not answer.
+func loopsOn(device string) (loops []string) {
+	names, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
+	for _, name := range names {
+		if b, _ := os.ReadFile(name); strings.TrimSuffix(string(b), "\n") == device {
+			loops = append(loops, "/dev/"+strings.Split(name, "/")[3])
+		}
+	}
+	return loops
 }

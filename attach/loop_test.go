@@ -245,7 +245,15 @@ func TestPartOfDevice(t *testing.T) {
 		t.Fatal(err)
 	}
 	run(t, "mke2fs", "-q", part.Path())
-	mounted(t, part.Path(), "", func(string) { part.Release() })
+	mounted(t, part.Path(), "", func(dir string) {
+		part.Release()
+		if busy, err := Busy(whole); !busy || err != nil {
+			t.Errorf("a part of %s is mounted: busy %v, %v", whole, busy, err)
+		}
+		if got := MountOf(whole); got != dir {
+			t.Errorf("a part of %s is mounted at %q, expected %s", whole, got, dir)
+		}
+	})
 	ctx, cancel := context.WithTimeout(context.Background(), testLimit)
 	defer cancel()
 	if err := poll(ctx, func() (bool, error) { return LoopBack(part.Path()) == "", nil }); err != nil {

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 
 	"golang.org/x/sys/unix"
@@ -105,14 +106,20 @@ func MountedAt(dir string) (device string) {
 	return device
 }
 
-// MountOf returns a directory at which device is mounted, "" where it is not.
+// MountOf returns a directory at which device is mounted, or a part of it that
+// is a loop device; "" where it is not.
 func MountOf(device string) (dir string) {
 	eachMount(func(dev, at string) {
-		if dev == device {
+		if isOn(dev, device) {
 			dir = at
 		}
 	})
 	return dir
+}
+
+// isOn reports whether mounted is device, or a loop device on it.
+func isOn(mounted, device string) bool {
+	return mounted == device || slices.Contains(loopsOn(device), mounted)
 }
 
 // eachMount goes through the kernel's table of mounts, oldest first.

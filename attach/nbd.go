@@ -195,8 +195,13 @@ func readSysfs(index int, attribute string) string {
 }
 
 // Busy reports whether a block device is mounted, or held in another way that
-// allows no second holder.
+// allows no second holder, or a loop device on it is.
 func Busy(path string) (bool, error) {
+	for _, part := range loopsOn(path) {
+		if busy, err := Busy(part); busy && err == nil {
+			return true, nil
+		}
+	}
 	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_EXCL, 0)
 	switch {
 	case errors.Is(err, unix.EBUSY):

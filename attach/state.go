@@ -159,6 +159,27 @@ func (d States) Find(what string) (*State, error) {
 	return nil, fmt.Errorf("%s: %w, or not by cowdev", what, ErrNotAttached)
 }
 
+// Mounted returns the state of the device that cowdev mounted at dir, an
+// absolute path without links: the one on top where several are. Where nothing
+// is mounted any more it is one that was. It wraps ErrNotAttached when there is
+// none, or something else is on top.
+func (d States) Mounted(dir string) (*State, error) {
+	states, err := d.List()
+	if err != nil {
+		return nil, err
+	}
+	top := MountedAt(dir)
+	for _, s := range states {
+		if slices.Contains(s.Mounts, dir) && (top == "" || isOn(top, s.Device)) {
+			return s, nil
+		}
+	}
+	if top != "" {
+		return nil, fmt.Errorf("%s: %s is mounted there, %w by cowdev mount", dir, top, ErrNotAttached)
+	}
+	return nil, fmt.Errorf("%s: %w by cowdev mount", dir, ErrNotAttached)
+}
+
 func sameFile(a, b string) bool {
 	x, err := os.Stat(a)
 	if err != nil {

@@ -133,15 +133,15 @@ func clip(name string) string { return name[:min(len(name), 63)] }
 
 // refuseBusy says that a device is in use, and by which mount.
 func refuseBusy(device string) error {
+	if dir := attach.MountOf(device); dir != "" {
+		return fmt.Errorf("%s: mounted at %s, unmount it first (cowdev umount %s): %w", device, dir, shellWord(dir), unix.EBUSY)
+	}
 	busy, err := attach.Busy(device)
 	if err != nil && !errors.Is(err, os.ErrNotExist) && !errors.Is(err, unix.ENXIO) {
 		return nil // a dead device cannot be opened
 	}
 	if !busy {
 		return nil
-	}
-	if dir := attach.MountOf(device); dir != "" {
-		return fmt.Errorf("%s: mounted at %s, unmount it first (cowdev umount %s): %w", device, dir, shellWord(dir), unix.EBUSY)
 	}
 	return fmt.Errorf("%s: in use, close it first: %w", device, unix.EBUSY)
 }

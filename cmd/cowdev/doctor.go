@@ -200,8 +200,12 @@ func (d *doctor) device(s *attach.State) {
 				return err
 			})
 	case attach.MountOf(s.Device) != "":
-		d.find(s.Device, fmt.Sprintf("mounted at %s, and process %d, which served it, is gone for good", attach.MountOf(s.Device), s.PID),
-			"umount -l "+shellWord(attach.MountOf(s.Device))+", then cowdev detach "+s.Device, nil)
+		dir := attach.MountOf(s.Device)
+		cure := "umount -l " + shellWord(dir) + ", then cowdev detach " + s.Device
+		if top, err := attach.DefaultStates.Mounted(dir); err != nil || top.Device != s.Device {
+			cure = "unmount first what was mounted there later; then " + cure
+		}
+		d.find(s.Device, fmt.Sprintf("mounted at %s, and process %d, which served it, is gone for good", dir, s.PID), cure, nil)
 	default:
 		d.find(s.Device, fmt.Sprintf("process %d, which served it, is gone", s.PID),
 			"detach it, and close its store in order", func() error { return detachOrphan(d.c, s) })

@@ -33,9 +33,9 @@ func umount(c *cli.Context, dir string) error {
 		dir = real
 	}
 	dir = absolute(dir)
-	s, err := attach.DefaultStates.Find(dir)
+	s, err := attach.DefaultStates.Mounted(dir)
 	if err != nil {
-		return fmt.Errorf("%s: %w by cowdev mount", dir, attach.ErrNotAttached)
+		return err
 	}
 	// Who unmounted it by other means has left the rest to do.
 	if attach.MountedAt(dir) != "" {
