@@ -12,6 +12,7 @@ import (
 
 	"github.com/cowdev/cowdev/attach"
 	"github.com/cowdev/cowdev/files"
+	"github.com/cowdev/cowdev/internal/disk"
 )
 
 func mountCommand() *cli.Command {
@@ -60,8 +61,8 @@ func mountWords(c *cli.Context, args []string) []string {
 	return append(words[:len(words)-len(args)], absolute(args[0]), absolute(args[1]))
 }
 
-// mountPoint checks that something can be mounted at dir, and returns its
-// absolute name without links.
+// mountPoint checks that something can be mounted at dir, where no mount of
+// ours is, and returns its absolute name without links.
 func mountPoint(dir string) (string, error) {
 	st, err := os.Stat(dir)
 	if err != nil {
@@ -77,7 +78,14 @@ func mountPoint(dir string) (string, error) {
 	if err != nil {
 		return "", err
 	}
-	return filepath.Abs(dir)
+	if dir, err = filepath.Abs(dir); err != nil {
+		return "", err
+	}
+	if s, err := attach.DefaultStates.Mounted(dir); err == nil && attach.MountedAt(dir) != "" {
+		return "", fmt.Errorf("%s: %s is mounted there: %w, pid %d; unmount it first (cowdev umount %s)",
+			dir, s.Device, disk.ErrLocked, s.PID, shellWord(dir))
+	}
+	return dir, nil
 }
 
 // mountAttached mounts what the flags of c say of device, and adds it to the

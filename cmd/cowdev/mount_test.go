@@ -29,20 +29,29 @@ func needMounts(t *testing.T) {
 	}
 }
 
-// stateOf returns what is kept of the device of the store at cow, which is
-// ended with the test.
+// mountPlace makes the directory mnt in dir. What is mounted there and
+// the devices of the stores end with the test.
+func mountPlace(t *testing.T, dir string, stores ...string) string {
+	t.Helper()
+	at := filepath.Join(dir, "mnt")
+	must(t, os.Mkdir(at, 0o700))
+	t.Cleanup(func() {
+		for attach.MountedAt(at) != "" && unix.Unmount(at, unix.MNT_DETACH) == nil {
+		}
+		for _, cow := range stores {
+			if s, err := attach.DefaultStates.Find(cow); err == nil {
+				program(t, "", "detach", s.Device).Run()
+			}
+		}
+	})
+	return at
+}
+
+// stateOf returns what is kept of the device of the store at cow.
 func stateOf(t *testing.T, cow string) *attach.State {
 	t.Helper()
 	s, err := attach.DefaultStates.Find(cow)
 	must(t, err)
-	t.Cleanup(func() {
-		for _, dir := range s.Mounts {
-			unix.Unmount(dir, unix.MNT_DETACH)
-		}
-		if left, err := attach.DefaultStates.Find(cow); err == nil {
-			program(t, "", "detach", left.Device).Run()
-		}
-	})
 	return s
 }
 
@@ -61,20 +70,43 @@ func promptly(t *testing.T, status int, args ...string) string {
 	return out.String()
 }
 
+// A second mount at a directory is refused, and changes nothing.
+func TestMountTwice(t *testing.T) {
+	needMounts(t)
+	x := newLookFixture(t, false)
+	other := filepath.Join(x.dir, "other.img")
+	dir := mountPlace(t, x.dir, x.cow, other+".cow")
+	tool(t, "cp", x.base, other)
+	promptly(t, exitDone, "mount", "--driver=loop", x.base, x.cow, dir)
+	s := stateOf(t, x.cow)
+	link := filepath.Join(x.dir, "link")
+	must(t, os.Symlink("mnt", link))
+	for _, at := range []string{dir, link} {
+		got := promptly(t, exitLocked, "mount", "--driver=loop", other, other+".cow", at)
+		if strings.Count(got, "\n") != 1 || !strings.Contains(got, "cowdev umount "+dir) || !strings.Contains(got, s.Device) {
+			t.Errorf("a second mount: %q", got)
+		}
+	}
+	if fileExists(other + ".cow") {
+		t.Error("the second mount made a store")
+	}
+	promptly(t, exitDone, "umount", dir)
+	promptly(t, exitDone, "mount", "--driver=loop", other, other+".cow", dir)
+	promptly(t, exitDone, "umount", link)
+}
+
 // Two mounts stand at one directory, and the server of the lower one, which is
 // of a partition, is dead: each umount takes the upper one of those left.
 func TestUmountStack(t *testing.T) {
 	needMounts(t)
 	lower, upper := newLookFixture(t, true), newLookFixture(t, false)
-	dir := filepath.Join(lower.dir, "mnt")
-	must(t, os.Mkdir(dir, 0o700))
+	dir := mountPlace(t, lower.dir, lower.cow, upper.cow)
 	promptly(t, exitDone, "mount", "--driver=loop", "--partition=1", lower.base, lower.cow, dir)
 	a := stateOf(t, lower.cow)
 	promptly(t, exitDone, "attach", "--detach", "--driver=loop", upper.base, upper.cow)
 	b := stateOf(t, upper.cow)
 	must(t, attach.MountDevice(b.Device, dir, "ext4", ""))
 	must(t, attach.DefaultStates.Update(b.Device, func(s *attach.State) { s.Mounts = []string{dir} }))
-	t.Cleanup(func() { unix.Unmount(dir, unix.MNT_DETACH) })
 	promptly(t, exitFailure, "detach", a.Device) // it is in use, if not itself
 	must(t, unix.Kill(a.PID, unix.SIGKILL))
 	for a.Alive() {
