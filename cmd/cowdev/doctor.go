@@ -33,6 +33,7 @@ func doctorCommand() *cli.Command {
 			"may lose data it never does. The status is 0 when nothing is left to do, and 1 otherwise.",
 		Flags: []cli.Flag{
 			&cli.BoolFlag{Name: "fix", Usage: "do what is told"},
+			&cli.BoolFlag{Name: "verbose", Usage: "name all stores that cannot be found, not how many there are; as --json does"},
 			jsonFlag,
 		},
 		Action: func(c *cli.Context) error {
@@ -416,6 +417,7 @@ func isNoStore(path string) bool {
 // removes it.
 func (d *doctor) liveTables(stores map[string]bool) {
 	const problem = "writes that a server acknowledged and did not make durable before it died"
+	const cure = "serve or attach %s once more before the next boot"
 	byUUID := map[string]*storeInfo{}
 	for path := range stores {
 		if info, err := lookAt(path); err == nil {
@@ -425,33 +427,44 @@ func (d *doctor) liveTables(stores map[string]bool) {
 	none := exception.UUID{}
 	prefix := strings.TrimSuffix(exception.Shared{}.Path(none), none.String())
 	names, _ := filepath.Glob(prefix + "*")
+	used := mappedFiles(prefix)
 	var strange []string // of stores that nobody has named
 	for _, name := range names {
 		uuid := strings.TrimPrefix(name, prefix)
 		// What is told of an attached device cures its store too.
 		attached := slices.ContainsFunc(d.states, func(s *attach.State) bool { return s.UUID == uuid })
-		if attached || inUse(name) {
+		if attached || used[name] {
 			continue
 		}
 		if info := byUUID[uuid]; info == nil {
 			strange = append(strange, name)
 		} else if len(info.ServedBy) == 0 {
-			d.find(info.File, problem, "serve or attach it once more before the next boot", nil)
+			d.find(info.File, problem, fmt.Sprintf(cure, "it"), nil)
 		}
 	}
-	if len(strange) > 0 {
-		d.find(strange[0], fmt.Sprintf("%s; and %d more such", problem, len(strange)-1),
-			"serve or attach their stores once more before the next boot; remove the files where the stores are gone", nil)
+	if len(strange) > 1 && !d.c.Bool("verbose") && !d.c.Bool("json") {
+		d.find(strange[0], fmt.Sprintf("%s; and %d more such (--verbose names them)", problem, len(strange)-1),
+			fmt.Sprintf(cure, "their stores")+"; remove the files where the stores are gone", nil)
+		return
+	}
+	for _, name := range strange {
+		d.find(name, problem, fmt.Sprintf(cure, "the store "+strings.TrimPrefix(name, prefix))+
+			" (cowdev doctor DIRECTORY finds its file, cowdev info tells the UUID); remove this file where the store is gone", nil)
 	}
 }
 
-// inUse reports whether a process has a file mapped.
-func inUse(path string) bool {
+// mappedFiles returns the files whose names begin with prefix that processes have
+// mapped.
+func mappedFiles(prefix string) map[string]bool {
+	files := map[string]bool{}
 	names, _ := filepath.Glob("/proc/[0-9]*/maps")
 	for _, name := range names {
-		if b, _ := os.ReadFile(name); strings.Contains(string(b), path) {
-			return true
+		maps, _ := os.ReadFile(name)
+		for line := range strings.Lines(string(maps)) {
+			if at := strings.Index(line, prefix); at >= 0 {
+				files[strings.TrimSuffix(line[at:], "\n")] = true
+			}
 		}
 	}
-	return false
+	return files
 }

@@ -9,7 +9,9 @@ import (
 	"bytes"
 	"encoding/json"
 	"errors"
+	"io"
 	"io/fs"
+	"math/rand/v2"
 	"net"
 	"os"
 	"os/exec"
@@ -18,8 +20,10 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/cowdev/cowdev/attach"
+	"github.com/cowdev/cowdev/exception"
 )
 
 // aloneEnv tells a test that it runs in namespaces of its own.
@@ -312,4 +316,64 @@ func TestDoctorTellsHalfMerged(t *testing.T) {
 		t.Fatalf("%s: %v\n%s", command, err, out)
 	}
 	expectFaults(t, dir, nil, exitDone)
+}
+
+// Live tables that many servers left are all named when that is asked for, and
+// found in the time that one takes; those that a process uses are none of them.
+func TestDoctorLiveTables(t *testing.T) {
+	if !alone(t) {
+		return
+	}
+	const n = 1000
+	var left []string
+	for range n + 1 {
+		var u exception.UUID
+		for i := range u {
+			u[i] = byte(rand.Uint32())
+		}
+		name := exception.Shared{}.Path(u)
+		must(t, os.WriteFile(name, make([]byte, os.Getpagesize()), 0o600))
+		left = append(left, name)
+	}
+	none := exception.UUID{}
+	prefix := strings.TrimSuffix(exception.Shared{}.Path(none), none.String())
+	inUse := left[n]
+	f, err := os.Open(inUse)
+	must(t, err)
+	defer f.Close()
+	// So many times that it takes long to read what this process has mapped.
+	for range 10 * n {
+		page, err := syscall.Mmap(int(f.Fd()), 0, os.Getpagesize(), syscall.PROT_READ, syscall.MAP_SHARED)
+		must(t, err)
+		defer syscall.Munmap(page)
+	}
+
+	doctor := func(args ...string) string {
+		var out bytes.Buffer
+		run(append([]string{"cowdev", "doctor"}, args...), &out, io.Discard)
+		return out.String()
+	}
+	start := time.Now()
+	short := doctor()
+	if took := time.Since(start); took > 3*time.Second {
+		t.Errorf("doctor took %v", took)
+	}
+	if !strings.Contains(short, "more such (--verbose names them)") || strings.Count(short, prefix) != 1 {
+		t.Errorf("doctor says of %d live tables:\n%s", n, short)
+	}
+	var findings []finding
+	must(t, json.Unmarshal([]byte(doctor("--json")), &findings))
+	named := map[string]bool{}
+	for _, f := range findings {
+		named[f.Object] = true
+	}
+	verbose := doctor("--verbose")
+	for _, name := range left[:n] {
+		if !named[name] || !strings.Contains(verbose, name+": ") {
+			t.Fatalf("%s: named by --json: %v, by --verbose: %v", name, named[name], strings.Contains(verbose, name+": "))
+		}
+	}
+	if named[inUse] || strings.Contains(verbose, inUse) {
+		t.Errorf("%s is called left, and is in use", inUse)
+	}
 }
