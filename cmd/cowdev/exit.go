@@ -8,6 +8,7 @@ import (
 	"io/fs"
 	"os"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 
@@ -114,10 +115,41 @@ func report(w io.Writer, err error) {
 	if errors.As(err, &quiet) {
 		return
 	}
-	text := strings.ReplaceAll(err.Error(), "\n", "; ")
+	text := separate(err.Error(), err)
 	text = strings.ReplaceAll(text, context.Canceled.Error(), "interrupted")
-	fmt.Fprintf(w, "cowdev: %s\n", text)
+	fmt.Fprintf(w, "cowdev: %s\n", printable(text))
 }
+
+// separate returns text, which err is told by, with "; " between errors that
+// were joined: any newline that is left is of a name.
+func separate(text string, err error) string {
+	switch e := err.(type) {
+	case interface{ Unwrap() error }:
+		if inner := e.Unwrap(); inner != nil {
+			text = separate(text, inner)
+		}
+	case interface{ Unwrap() []error }:
+		var parts []string
+		for _, inner := range e.Unwrap() {
+			parts = append(parts, inner.Error())
+		}
+		text = strings.Replace(text, strings.Join(parts, "\n"), strings.Join(parts, "; "), 1)
+		for _, inner := range e.Unwrap() {
+			text = separate(text, inner)
+		}
+	}
+	return text
+}
+
+// printable returns s with what does not print, as a file's name may hold,
+// written as in a Go string: it must not reach the terminal.
+func printable(s string) string {
+	quoted := strconv.Quote(s)
+	return unquoted.Replace(quoted[1 : len(quoted)-1])
+}
+
+// unquoted takes back what strconv.Quote does to characters that print.
+var unquoted = strings.NewReplacer(`\"`, `"`, `\\`, `\`)
 
 // untilSignal returns the context of a verb that can be interrupted.
 func untilSignal(c *cli.Context) (context.Context, context.CancelFunc) {

@@ -66,5 +66,5 @@ func (t table) end() error { return t.w.Flush() }
 
 // warn prints a message that is no failure.
 func warn(c *cli.Context, format string, args ...any) {
-	fmt.Fprintf(c.App.ErrWriter, "cowdev: %s\n", fmt.Sprintf(format, args...))
+	fmt.Fprintf(c.App.ErrWriter, "cowdev: %s\n", printable(fmt.Sprintf(format, args...)))
 }

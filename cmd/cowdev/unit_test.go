@@ -171,6 +171,34 @@ func TestInterrupted(t *testing.T) {
 	}
 }
 
+// A message is one line, in which nothing is that a terminal would obey.
+func TestReport(t *testing.T) {
+	const name = "a\nb\x1b[2J\r\x9b\t"
+	open := &fs.PathError{Op: "open", Path: name, Err: syscall.ENOENT}
+	const told = `open a\nb\x1b[2J\r\x9b\t: no such file or directory`
+	for _, c := range []struct {
+		err  error
+		want string
+	}{
+		{open, told},
+		{errors.Join(open, errors.New("x")), told + "; x"},
+		{fmt.Errorf("first: %w, %w", errors.Join(open, errors.Join(errors.New("x"), open)), io.EOF), "first: " + told + "; x; " + told + ", EOF"},
+		{errors.New(`é "quoted" \d \n C:\\x`), `é "quoted" \d \n C:\\x`},
+	} {
+		var b strings.Builder
+		report(&b, c.err)
+		if got := b.String(); got != "cowdev: "+c.want+"\n" {
+			t.Errorf("%q is told as\n%sexpected\n%s", c.err, got, c.want)
+		}
+	}
+	var b strings.Builder
+	app := newApp(io.Discard, &b)
+	warn(cli.NewContext(app, nil, nil), "%s: passed over", name)
+	if got, want := b.String(), `cowdev: a\nb\x1b[2J\r\x9b\t: passed over`+"\n"; got != want {
+		t.Errorf("a warning is %q, expected %q", got, want)
+	}
+}
+
 func TestBlockBytes(t *testing.T) {
 	g := block.Geometry{Size: 64<<10 + 5000, ChunkSize: 64 << 10}
 	for _, c := range []struct {
