@@ -109,18 +109,17 @@ func MountedAt(dir string) (device string) {
 // MountOf returns a directory at which device is mounted, or a part of it that
 // is a loop device; "" where it is not.
 func MountOf(device string) (dir string) {
+	of := withLoops(device)
 	eachMount(func(dev, at string) {
-		if isOn(dev, device) {
+		if slices.Contains(of, dev) {
 			dir = at
 		}
 	})
 	return dir
 }
 
-// isOn reports whether mounted is device, or a loop device on it.
-func isOn(mounted, device string) bool {
-	return mounted == device || slices.Contains(loopsOn(device), mounted)
-}
+// withLoops returns device, and the loop devices on it.
+func withLoops(device string) []string { return append(loopsOn(device), device) }
 
 // eachMount goes through the kernel's table of mounts, oldest first.
 func eachMount(visit func(device, dir string)) {

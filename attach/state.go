@@ -170,7 +170,7 @@ func (d States) Mounted(dir string) (*State, error) {
 	}
 	top := MountedAt(dir)
 	for _, s := range states {
-		if slices.Contains(s.Mounts, dir) && (top == "" || isOn(top, s.Device)) {
+		if slices.Contains(s.Mounts, dir) && (top == "" || slices.Contains(withLoops(s.Device), top)) {
 			return s, nil
 		}
 	}

@@ -44,9 +44,8 @@ type Options struct {
 	// answered ENOSPC; 0 not at all, negative for ever.
 	Park time.Duration
 
-	// View maps the store's file, for sessions and, if it allows that, for
-	// overwriting stored blocks; nil where it cannot be mapped. The device
-	// closes it.
+	// View maps the store's file, for sessions; nil where it cannot be
+	// mapped. The device closes it.
 	View *disk.Mapping
 
 	// Log is told what an operator should know; it may be nil.

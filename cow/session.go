@@ -33,9 +33,7 @@ func (s *session) View(vecs [][]byte, off, n int64) ([][]byte, bool) {
 	for p, more := w.next(); more && ok; p, more = w.next() {
 		switch p.state {
 		case block.Zero:
-			for ; p.n > 0; p.n -= int64(len(d.zeros)) {
-				out = append(out, d.zeros[:min(p.n, int64(len(d.zeros)))])
-			}
+			out = block.AppendZeros(out, p.n)
 		case block.Stored:
 			if d.opts.View == nil || !d.store.InFile() {
 				return vecs, false

@@ -600,31 +600,29 @@ func (ld *loader) countTaken() error {
 	slots, rows := newBitmap(ld.limits.slots), newBitmap(ld.limits.rows)
 	take := func(c block.Chunk, e Entry) error {
 		stored := e.Stored()
-		row, ok := e.row()
-		if !ok {
-			if stored != 0 && !slots.set(e.straightSlot(stored.First()), uint64(stored>>stored.First())) {
-				return fmt.Errorf("%w: chunk %d has a slot from %d on that another has too", ErrCorrupt, c, e.straightSlot(stored.First()))
+		var last uint32 // slot that it may have
+		if row, ok := e.row(); ok {
+			if !rows.set(row+1, 1) {
+				return fmt.Errorf("%w: chunk %d has row %d, which another has too", ErrCorrupt, c, row)
 			}
-			if int64(e.straightSlot(block.BlocksPerChunk-1)) > inFile {
-				return ld.checkEnd(c, e, size)
+			for ; stored != 0; stored &= stored - 1 {
+				slot := s.live.slot(e, stored.First())
+				if err := ld.limits.checkSlot(c, int64(slot)); err != nil {
+					return fmt.Errorf("%w: row %d: %v", ErrCorrupt, row, err)
+				}
+				if !slots.set(slot, 1) {
+					return fmt.Errorf("%w: chunk %d has slot %d, which another block has too", ErrCorrupt, c, slot)
+				}
+				last = max(last, slot)
 			}
-			return nil
+		} else if stored != 0 {
+			first := e.straightSlot(stored.First())
+			if !slots.set(first, uint64(stored>>stored.First())) {
+				return fmt.Errorf("%w: chunk %d has a slot from %d on that another has too", ErrCorrupt, c, first)
+			}
+			last = e.straightSlot(block.BlocksPerChunk - 1)
 		}
-		if !rows.set(row+1, 1) {
-			return fmt.Errorf("%w: chunk %d has row %d, which another has too", ErrCorrupt, c, row)
-		}
-		behind := false
-		for ; stored != 0; stored &= stored - 1 {
-			slot := s.live.slot(e, stored.First())
-			if err := ld.limits.checkSlot(c, int64(slot)); err != nil {
-				return fmt.Errorf("%w: row %d: %v", ErrCorrupt, row, err)
-			}
-			if !slots.set(slot, 1) {
-				return fmt.Errorf("%w: chunk %d has slot %d, which another block has too", ErrCorrupt, c, slot)
-			}
-			behind = behind || int64(slot) > inFile
-		}
-		if behind {
+		if int64(last) > inFile {
 			return ld.checkEnd(c, e, size)
 		}
 		return nil

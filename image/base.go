@@ -165,7 +165,7 @@ func (b *Base) readFile(p []byte, off int64) (int, error) {
 // ours must not touch the piece: see disk.Mapping.
 func (b *Base) View(vecs [][]byte, off, n int64) ([][]byte, bool) {
 	if b.holes.zero(off, n) {
-		return show(vecs, n), true
+		return block.AppendZeros(vecs, n), true
 	}
 	if b.view == nil {
 		return vecs, false

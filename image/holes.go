@@ -1,7 +1,6 @@
 package image
 
 import (
-	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -29,9 +28,6 @@ type holeMap [region / grain / 64]uint64
 
 // What most regions are, shared by all of them.
 var noHole, allHole holeMap
-
-// zeros is what holes are shown as.
-var zeros [64 << 10]byte
 
 // holes knows where the image is a hole, so that what is read there need not be
 // brought to memory: the kernel would fill a page with zeros for each 4 KiB. It
@@ -170,14 +166,4 @@ func (m *holeMap) add(from, to int64, last bool) {
 	for g := from / grain; g < end; g++ {
 		m[g/64] |= 1 << (g % 64)
 	}
-}
-
-// show appends n bytes of zeros to vecs.
-func show(vecs [][]byte, n int64) [][]byte {
-	vecs = slices.Grow(vecs, int((n+int64(len(zeros))-1)/int64(len(zeros))))
-	for ; n > 0; n -= int64(len(zeros)) {
-		k := min(n, int64(len(zeros)))
-		vecs = append(vecs, zeros[:k:k])
-	}
-	return vecs
 }
