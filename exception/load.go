@@ -660,12 +660,13 @@ func (ld *loader) countTaken() error {
 // only reads meets an error there, and is told now.
 func (ld *loader) checkEnd(c block.Chunk, e Entry, size int64) error {
 	s := ld.s
-	for m := e.Stored(); m != 0; {
+	bs := s.geo.BlockSize()
+	for m := e.Stored(); m != 0; m &= m - 1 {
 		b := m.First()
-		at, end := s.Locate(e, b)
-		m &^= block.Bits(b, end-b)
-		n := min(int64(end-b)*int64(s.geo.BlockSize()), s.geo.Size-s.geo.Offset(c)-int64(b*s.geo.BlockSize()))
-		if at+n <= size || s.replayed.Load().has(c, b, end) {
+		at, _ := s.Locate(e, b)
+		// The device may end inside the block, and the file with it.
+		n := min(int64(bs), s.geo.Size-s.geo.Offset(c)-int64(b*bs))
+		if at+n <= size || s.replayed.Load().block(c, b) != nil {
 			continue
 		}
 		err := fmt.Errorf("%w: chunk %d is stored up to %d, and the file ends at %d: cut short, or copied in part", ErrCorrupt, c, at+n, size)

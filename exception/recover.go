@@ -38,14 +38,6 @@ func (o *overlay) block(c block.Chunk, b int) []byte {
 	return o.blocks[blockKey{c, uint8(b)}]
 }
 
-// has reports whether all of the blocks of chunk c from b to end are there.
-func (o *overlay) has(c block.Chunk, b, end int) bool {
-	for b < end && o.block(c, b) != nil {
-		b++
-	}
-	return b == end
-}
-
 // add takes the data of run n from data and returns the rest.
 func (o *overlay) add(n run, data []byte) []byte {
 	for b := range block.BlocksPerChunk {

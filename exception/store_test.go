@@ -353,6 +353,27 @@ func TestCutShort(t *testing.T) {
 	openStore(t, disktest.FromBytes(1, whole[:last+4096]), exception.Options{})
 }
 
+// After a power cut the file may end inside a run of slots: before it lie
+// blocks that are in place, behind it some that the log alone has.
+func TestEndsBeforeWhatTheLogHas(t *testing.T) {
+	s, f := newStore(t, exception.Options{})
+	put(t, s, 0, 0, 4096, 1)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	f = f.Kill(nil)
+	s = openStore(t, f, exception.Options{})
+	put(t, s, 0, 4096, 4096, 2)
+	flush(t, s)
+	first, end := s.Locate(s.Entry(0), 0)
+	if end != 2 {
+		t.Fatalf("the extent of block 0 ends at %d, expected 2", end)
+	}
+	s = openStore(t, disktest.FromBytes(1, f.Bytes()[:first+4096]), exception.Options{})
+	expect(t, s, 0, 0, 4096, 1)
+	expect(t, s, 0, 4096, 4096, 2)
+}
+
 // Blocks that are shorter than a page give back their space too, at the end of
 // the session if not before.
 func TestShortBlocksLeaveNothing(t *testing.T) {
