@@ -94,15 +94,14 @@ func blank(f disk.File, h *Header) error {
 	if err != nil {
 		return err
 	}
-	end := min(size, h.slotsOff())
-	if end > 0 {
-		if err := f.PunchHole(0, end); err != nil {
+	if size < h.slotsOff() { // first: a device that cannot grow stays as it is
+		if err := f.Truncate(h.slotsOff()); err != nil {
 			return err
 		}
 	}
-	if size < h.slotsOff() {
-		if err := f.Truncate(h.slotsOff()); err != nil {
-			return fullError(err)
+	if end := min(size, h.slotsOff()); end > 0 {
+		if err := f.PunchHole(0, end); err != nil {
+			return err
 		}
 	}
 	return fill(f, h.logOff(), h.step())

@@ -101,26 +101,5 @@ func (v *view) onDevice(f *disk.OS, path string, force bool, o viewOptions) erro
 			}
 		}
 	}
-	return v.make(emptied{f}, path, o)
-}
-
-// errTooSmall says that a device has no room for a store that holds nothing.
-var errTooSmall = errors.New("the device is too small")
-
-// emptied is a block device taken for a file of no bytes, as a new store's is:
-// it is zeroed as far as it is made to grow, and left as it was where it cannot
-// grow so far.
-type emptied struct{ *disk.OS }
-
-func (e emptied) Size() (int64, error) { return 0, nil }
-
-func (e emptied) Truncate(n int64) error {
-	have, err := e.OS.Size()
-	if err == nil && n > have {
-		err = fmt.Errorf("%w: an empty store over this base needs %s, it has %s", errTooSmall, size(n), size(have))
-	}
-	if err != nil {
-		return err
-	}
-	return e.PunchHole(0, n)
+	return v.make(f, path, o)
 }

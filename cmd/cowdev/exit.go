@@ -68,7 +68,7 @@ var statuses = []struct {
 	{exitWrongBase, []error{image.ErrWrongBase}},
 	{exitNotStore, []error{exception.ErrNotStore, exception.ErrVersion}},
 	{exitDamaged, []error{exception.ErrCorrupt, image.ErrIdentity, files.ErrDamaged, ext4.ErrCorrupt}},
-	{exitNoSpace, []error{errTooSmall, exception.ErrFull, syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG}},
+	{exitNoSpace, []error{exception.ErrFull, syscall.ENOSPC, syscall.EDQUOT, syscall.EFBIG}},
 	{exitFile, []error{
 		disk.ErrKind, image.ErrUnusable, fs.ErrNotExist, fs.ErrExist, fs.ErrPermission,
 		syscall.EISDIR, syscall.ENOTDIR, syscall.EROFS, syscall.ENAMETOOLONG, syscall.ELOOP,

@@ -325,7 +325,13 @@ func serve(c *cli.Context, sc serveConfig) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, view.Close()) }()
+	listening, made := false, view.made && !sc.view.temporary
+	defer func() {
+		if made && !listening && os.Remove(sc.cow) == nil { // nobody could write to it
+			warn(c, "%s: removed again", sc.cow)
+		}
+		err = errors.Join(err, view.Close())
+	}()
 
 	server, err := sc.newServer(c, view, certs)
 	if err != nil {
@@ -340,6 +346,7 @@ func serve(c *cli.Context, sc serveConfig) (err error) {
 			return err
 		}
 	}
+	listening = true
 	ended := make(chan error, len(listeners))
 	for _, l := range listeners {
 		go func() { ended <- server.Serve(l) }()

@@ -290,7 +290,7 @@ func (o *OS) Truncate(size int64) error {
 	}
 	have, err := o.Size()
 	if err == nil && size > have {
-		err = fmt.Errorf("%s: needs %d bytes, the device has %d: %w", o.Name(), size, have, unix.ENOSPC)
+		err = fmt.Errorf("%d bytes are needed, the device has %d: %w", size, have, unix.ENOSPC)
 	}
 	return err
 }
