@@ -57,6 +57,7 @@ type conn struct {
 
 	batched  block.BatchWriter // the device, if it is one
 	gathered *gatherer         // WRITEs that were put off; nil if there are none
+	ebb      ebb               // of WRITEs
 	cold     *coldGroup        // READs that were put off; nil if there are none
 	patience patience
 	rhythm   rhythm

@@ -23,7 +23,8 @@
 // one after another, without FUA, are gathered, up to 64 of them, while their
 // payloads lie in the receive buffer. They are done together and answered
 // before any other request of the connection is served, and before more is
-// read.
+// read; if as many came as ever lately, which is likely all that the client has
+// under way (ebb), the first half is answered before the second is done.
 //
 // A client that flushed four times in a row after as many changes each, while no
 // other did, and now has made as many again and waits, has the device flushed

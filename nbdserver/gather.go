@@ -43,25 +43,48 @@ func (c *conn) gather(r *request) error {
 	return nil
 }
 
-// settle does what was gathered, and answers it.
+// settle does what was gathered, and answers it. A client that waits for all of
+// it has the first half answered while the second is done: it need not wait for
+// the whole, and the server not for all that comes next.
 func (c *conn) settle() error {
 	g := c.gathered
 	if g == nil {
 		return nil
 	}
 	c.gathered = nil
+	n, half := len(g.requests), 0
+	if c.ebb.reached(n) && n >= leastSplit && c.srv.lone() {
+		half = n / 2
+	}
+	var err error
+	if half > 0 {
+		err = c.writeTogether(g.requests[:half], g.writes[:half])
+		err = andThen(err, c.flush())
+	}
+	if err == nil {
+		err = c.writeTogether(g.requests[half:], g.writes[half:])
+	}
+	clear(g.writes)
+	g.requests, g.writes = g.requests[:0], g.writes[:0]
+	gatherers.Put(g)
+	return err
+}
+
+// writeTogether does writes, which answer requests, and adds the answers to the
+// batch.
+func (c *conn) writeTogether(requests []request, writes []block.Write) error {
 	err := c.enter()
-	if err == nil && len(g.writes) == 1 {
-		w := &g.writes[0]
+	if err == nil && len(writes) == 1 {
+		w := &writes[0]
 		_, w.Err = c.export.Device.WriteAt(w.Data, w.Off)
 	} else if err == nil {
-		c.batched.WriteBatch(g.writes)
+		c.batched.WriteBatch(writes)
 	}
-	for i := range g.requests {
+	for i := range requests {
 		if err == nil && c.batch().full() {
 			err = c.flush()
 		}
-		r, w := &g.requests[i], &g.writes[i]
+		r, w := &requests[i], &writes[i]
 		switch {
 		case err != nil:
 		case w.Err == block.ErrAlone:
@@ -70,9 +93,6 @@ func (c *conn) settle() error {
 			err = c.changed(r, w.Err)
 		}
 	}
-	clear(g.writes)
-	g.requests, g.writes = g.requests[:0], g.writes[:0]
-	gatherers.Put(g)
 	return err
 }
 

@@ -78,3 +78,51 @@ func TestGather(t *testing.T) {
 		})
 	}
 }
+
+// A lone client that waits for all it sent has half of its writes answered
+// while the others are done.
+func TestGatheredHalf(t *testing.T) {
+	dev := &batchDevice{memDevice: newMemDevice(testSize)}
+	begun, begin, gate := make(chan struct{}), make(chan struct{}), make(chan struct{})
+	dev.before = func(op string, off, _ int64) error {
+		switch {
+		case op == "write" && off == 16*4096: // first, until the others have arrived
+			close(begun)
+			<-begin
+		case op == "write" && off == 8*4096:
+			<-gate
+		}
+		return nil
+	}
+	c := serveDevice(t, dev).dial(structured)
+	write := func(block uint64) []byte {
+		r := req{Type: nbd.CmdWrite, Cookie: block + 1, Offset: block * 4096, Payload: make([]byte, 4096)}
+		c.Expect(r)
+		return c.Encode(r)
+	}
+	check(t, c.Send(write(16)))
+	<-begun
+	var all [][]byte
+	for i := range uint64(16) {
+		all = append(all, write(i))
+	}
+	check(t, c.Send(all...))
+	close(begin)
+	_, err := c.Receive()
+	check(t, err)
+	for i := range uint64(16) {
+		if i == 8 {
+			close(gate)
+		}
+		m, err := c.Receive()
+		check(t, err)
+		if m.Cookie != i+1 {
+			t.Fatalf("answer %d is of write %d", i+1, m.Cookie)
+		}
+	}
+	dev.mu.Lock()
+	defer dev.mu.Unlock()
+	if want := []int{8, 8}; !slices.Equal(dev.batches, want) {
+		t.Errorf("batches of %v writes, expected %v", dev.batches, want)
+	}
+}

@@ -306,6 +306,9 @@ func (s *Server) isClosing() bool {
 	return s.closing
 }
 
+// lone says that there is one connection.
+func (s *Server) lone() bool { return s.count.connections.Load() == 1 }
+
 // crowded says that there are so many connections that they may have to wait
 // for one another. Few do not: Go runs them at once.
 func (s *Server) crowded() bool { return s.count.connections.Load() >= s.crowd }
