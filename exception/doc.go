@@ -33,7 +33,8 @@
 //     together with it in one checksummed record.
 //  3. After Flush every change that was acknowledged before is found again
 //     after any crash; and when only the process dies, every acknowledged
-//     change is found again, flushed or not.
+//     change is found again, flushed or not, where the file is still the one
+//     that it was.
 //  4. A change that was not flushed may be lost, wholly or by sector of 512
 //     bytes, but nothing else is ever read: no other chunk's bytes, no stale
 //     slot's, no zeros that nobody wrote.

@@ -185,6 +185,8 @@ const (
 	headEpoch
 	headValid // stateValid once recovery has finished
 	headUUID  // two words
+	_
+	headSeq // number of the log's next record
 )
 
 // values of headValid.
@@ -251,21 +253,30 @@ func newLive(m Memory, h *Header) (*live, error) {
 // valid reports whether the memory was left by a process that served the
 // session epoch of store u, and had finished its recovery.
 func (l *live) valid(u UUID, epoch uint64) bool {
-	return l.head[headMagic].Load() == areaMagic && l.head[headValid].Load() == stateValid &&
+	return l.area.Reserved(0) && l.head[headMagic].Load() == areaMagic && l.head[headValid].Load() == stateValid &&
 		l.head[headEpoch].Load() == epoch && l.isOf(u)
 }
 
-// setValid marks the memory as that of the session epoch of store u.
-func (l *live) setValid(u UUID, epoch uint64) error {
+// setValid marks the memory as that of the session epoch of store u, whose next
+// record has number seq.
+func (l *live) setValid(u UUID, epoch, seq uint64) error {
 	if err := l.area.Reserve(0, areaHead); err != nil {
 		return err
 	}
 	l.head[headEpoch].Store(epoch)
+	l.head[headSeq].Store(seq)
 	l.head[headUUID].Store(le.Uint64(u[:]))
 	l.head[headUUID+1].Store(le.Uint64(u[8:]))
 	l.head[headMagic].Store(areaMagic)
 	l.head[headValid].Store(stateValid)
 	return nil
+}
+
+// appended notes the number of the log's next record.
+func (l *live) appended(seq uint64) {
+	if l.area.Reserved(0) {
+		l.head[headSeq].Store(seq)
+	}
 }
 
 // invalidate makes sure that nobody adopts the memory.
@@ -289,7 +300,7 @@ func (l *live) setBroken(u UUID) {
 // wasBroken reports whether the memory was left by a process whose store u
 // was broken.
 func (l *live) wasBroken(u UUID) bool {
-	return l.head[headMagic].Load() == areaMagic && l.head[headValid].Load() == stateBroken && l.isOf(u)
+	return l.area.Reserved(0) && l.head[headMagic].Load() == areaMagic && l.head[headValid].Load() == stateBroken && l.isOf(u)
 }
 
 func (l *live) isOf(u UUID) bool {

@@ -59,7 +59,7 @@ func open(f disk.File, o Options) (*Store, error) {
 	if s.live, err = newLive(o.Memory, h); err != nil {
 		return nil, fmt.Errorf("memory for %d chunks: %w", h.Chunks(), err)
 	}
-	s.adopted = !h.Clean && s.live.valid(h.UUID, h.epoch)
+	s.adopted = !h.Clean && s.live.valid(h.UUID, h.epoch) && !s.isOlder()
 	keep := true // what another process left in memory
 	switch {
 	case s.adopted:
@@ -85,6 +85,21 @@ func open(f disk.File, o Options) (*Store, error) {
 		go s.tick()
 	}
 	return s, nil
+}
+
+// isOlder reports whether the file is older than the memory that was left of its
+// session: a copy was put in its place.
+func (s *Store) isOlder() bool {
+	log, err := readLog(s.file, &s.shape)
+	if err != nil {
+		return false // the load will say so
+	}
+	_, next, err := scanLog(log, &s.shape)
+	if err != nil || next.seq >= s.live.head[headSeq].Load() {
+		return false
+	}
+	s.logf("the store is older than what its last server left in memory, which is passed over: a copy in its place?")
+	return true
 }
 
 func newStore(f disk.File, h *Header, o Options) *Store {
@@ -270,7 +285,6 @@ type loader struct {
 	into   []uint64
 	mem    []byte  // the memory of into
 	pages  pageSet // of the table: those that hold, or held, an entry
-	short  bool    // it was told that the file is
 	ahead  sync.WaitGroup
 }
 
@@ -673,8 +687,8 @@ func (ld *loader) checkEnd(c block.Chunk, e Entry, size int64) error {
 		if !s.opts.ReadOnly {
 			return fmt.Errorf("%w; what is left can be read read-only", err)
 		}
-		if !ld.short {
-			ld.short = true
+		if !s.short {
+			s.short = true
 			s.logf("%v; what is left can be read", err)
 		}
 	}

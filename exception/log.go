@@ -183,6 +183,7 @@ func (s *Store) put(r *record, n int64) error {
 	l.head.seq++
 	l.head.chain = r.sum
 	l.mu.Unlock()
+	s.live.appended(l.head.seq)
 	return nil
 }
 

@@ -16,15 +16,29 @@ import (
 // with the boot.
 type Shared struct {
 	Dir string // /dev/shm where empty
+
+	// File tells the store's file from every other of this boot, by characters
+	// that a name may have: a copy of a store has its UUID too, and must not
+	// have its memory. Empty where there can be no copy.
+	File string
 }
 
 // Path returns the file that holds the live table of store u.
 func (m Shared) Path(u UUID) string {
+	name := m.Prefix() + u.String()
+	if m.File != "" {
+		name += "-" + m.File
+	}
+	return name
+}
+
+// Prefix returns what the paths of all stores begin with; the UUID follows.
+func (m Shared) Prefix() string {
 	dir := m.Dir
 	if dir == "" {
 		dir = "/dev/shm"
 	}
-	return filepath.Join(dir, fmt.Sprintf("cowdev-%d-%s-%s", os.Geteuid(), bootID(), u))
+	return filepath.Join(dir, fmt.Sprintf("cowdev-%d-%s-", os.Geteuid(), bootID()))
 }
 
 // Broken reports whether a process of this boot left word that a sync of store

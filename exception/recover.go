@@ -110,7 +110,7 @@ func (s *Store) begin() error {
 	if s.opts.Capacity > 0 {
 		s.sized.Store(math.MaxInt64) // a device has the size that it has
 	}
-	if err := s.live.setValid(s.shape.UUID, epoch); err != nil {
+	if err := s.live.setValid(s.shape.UUID, epoch, first); err != nil {
 		// Only the death of the process is worse for it.
 		s.logf("memory for the live table: %v; changes that are not flushed die with the process", err)
 	}

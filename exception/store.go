@@ -183,6 +183,7 @@ type Store struct {
 
 	broken  atomic.Pointer[breakage]
 	adopted bool // the live table is that of a dead process
+	short   bool // the file ends before a stored block does; opened read-only
 
 	grown atomic.Uint64 // writes that made a block stored
 
@@ -238,8 +239,11 @@ func (s *Store) Locate(e Entry, b int) (off int64, end int) {
 
 // InFile reports whether every stored block's bytes are in its slot. Before
 // the first change after a crash some may still be in the log alone:
-// ReadStored finds them, who reads the file itself does not.
-func (s *Store) InFile() bool { return s.replayed.Load() == nil && s.broken.Load() == nil }
+// ReadStored finds them, who reads the file itself does not. Nor are they where
+// the file was cut short: behind its end a mapping shows zeros to the page's.
+func (s *Store) InFile() bool {
+	return !s.short && s.replayed.Load() == nil && s.broken.Load() == nil
+}
 
 // ReadStored fills p with the bytes of chunk c from off on, which e, loaded
 // under the same pin, has stored.

@@ -346,6 +346,9 @@ func TestCutShort(t *testing.T) {
 		if err := s.ReadStored(p, 9, s.Entry(9), 0); !errors.Is(err, syscall.EIO) {
 			t.Errorf("cut at %d: what is gone reads as %x, %v", size, p[0], err)
 		}
+		if s.InFile() {
+			t.Errorf("cut at %d: readers may map what is behind the end", size)
+		}
 		if told != 1 {
 			t.Errorf("cut at %d: told %d times", size, told)
 		}

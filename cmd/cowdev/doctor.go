@@ -418,25 +418,24 @@ func isNoStore(path string) bool {
 func (d *doctor) liveTables(stores map[string]bool) {
 	const problem = "writes that a server acknowledged and did not make durable before it died"
 	const cure = "serve or attach %s once more before the next boot"
-	byUUID := map[string]*storeInfo{}
+	owners := map[string]*storeInfo{}
 	for path := range stores {
 		if info, err := lookAt(path); err == nil {
-			byUUID[info.UUID] = info
+			owners[info.memory] = info
 		}
 	}
-	none := exception.UUID{}
-	prefix := strings.TrimSuffix(exception.Shared{}.Path(none), none.String())
+	prefix := exception.Shared{}.Prefix()
 	names, _ := filepath.Glob(prefix + "*")
 	used := mappedFiles(prefix)
 	var strange []string // of stores that nobody has named
 	for _, name := range names {
-		uuid := strings.TrimPrefix(name, prefix)
+		uuid := uuidOf(name, prefix)
 		// What is told of an attached device cures its store too.
 		attached := slices.ContainsFunc(d.states, func(s *attach.State) bool { return s.UUID == uuid })
 		if attached || used[name] {
 			continue
 		}
-		if info := byUUID[uuid]; info == nil {
+		if info := owners[name]; info == nil {
 			strange = append(strange, name)
 		} else if len(info.ServedBy) == 0 {
 			d.find(info.File, problem, fmt.Sprintf(cure, "it"), nil)
@@ -448,9 +447,15 @@ func (d *doctor) liveTables(stores map[string]bool) {
 		return
 	}
 	for _, name := range strange {
-		d.find(name, problem, fmt.Sprintf(cure, "the store "+strings.TrimPrefix(name, prefix))+
+		d.find(name, problem, fmt.Sprintf(cure, "the store "+uuidOf(name, prefix))+
 			" (cowdev doctor DIRECTORY finds its file, cowdev info tells the UUID); remove this file where the store is gone", nil)
 	}
+}
+
+// uuidOf returns the UUID of the store whose live table has that name.
+func uuidOf(name, prefix string) string {
+	rest := strings.TrimPrefix(name, prefix)
+	return rest[:min(len(rest), len(exception.UUID{}.String()))]
 }
 
 // mappedFiles returns the files whose names begin with prefix that processes have

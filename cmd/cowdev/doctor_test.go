@@ -334,8 +334,7 @@ func TestDoctorLiveTables(t *testing.T) {
 		must(t, os.WriteFile(name, make([]byte, os.Getpagesize()), 0o600))
 		left = append(left, name)
 	}
-	none := exception.UUID{}
-	prefix := strings.TrimSuffix(exception.Shared{}.Path(none), none.String())
+	prefix := exception.Shared{}.Prefix()
 	inUse := left[n]
 	f, err := os.Open(inUse)
 	must(t, err)

@@ -62,6 +62,8 @@ type storeInfo struct {
 	Room       *room     `json:"room,omitempty"`
 	Broken     bool      `json:"broken"`
 	Base       baseInfo  `json:"base"`
+
+	memory string // where its live table lies, if it is anywhere
 }
 
 // baseInfo is what a store remembers of its base.
@@ -88,7 +90,10 @@ func openLooking(path string) (*exception.Store, *disk.OS, error) {
 		}
 		o := exception.Options{ReadOnly: true}
 		if len(f.Holders()) == 0 {
-			o.Memory = exception.Shared{} // what a dead server had acknowledged
+			if o.Memory, err = memoryOf(f); err != nil {
+				f.Close()
+				return nil, nil, err
+			}
 		}
 		s, err := exception.Open(f, o)
 		if err == nil {
@@ -129,7 +134,12 @@ func lookAt(path string) (*storeInfo, error) {
 	info.header(s.Header())
 	u := usageOf(s)
 	info.Chunks, info.Stored, info.Zero = u.chunks, u.stored, u.zero
-	info.Broken = exception.Shared{}.Broken(s.Header().UUID)
+	memory, err := memoryOf(f)
+	if err != nil {
+		return nil, err
+	}
+	info.Broken = memory.Broken(s.Header().UUID)
+	info.memory = memory.Path(s.Header().UUID)
 	if !f.IsDevice() { // whose path lies on a filesystem that says nothing of it
 		if r, err := roomFor(path, info.DeviceSize, u); err == nil {
 			info.Room = &r

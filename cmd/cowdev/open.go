@@ -55,8 +55,6 @@ func viewOptionsOf(c *cli.Context) (viewOptions, error) {
 		format: c.String("format"), noExcl: c.Bool("no-excl"), accept: c.Bool("accept-base"),
 		chunkSize: block.DefaultChunkSize,
 	}
-	// What a dead server had acknowledged is found there.
-	o.store.Memory = exception.Shared{}
 	if o.format != "" && o.format != "raw" {
 		return o, usagef("--format: %q: expected raw", o.format)
 	}
@@ -148,6 +146,12 @@ func (v *view) openStore(c *cli.Context, path string, o viewOptions) error {
 			return err
 		}
 	}
+	if !o.temporary {
+		if o.store.Memory, err = memoryOf(f); err != nil {
+			f.Close()
+			return err
+		}
+	}
 	if !made && !o.accept && o.look != image.DigestOff {
 		v.base.BeginSample() // for recognise, while the store is loaded
 	}
@@ -162,6 +166,13 @@ func (v *view) openStore(c *cli.Context, path string, o viewOptions) error {
 	}
 	v.file, v.store, v.made = f, store, made
 	return nil
+}
+
+// memoryOf returns where the live table of the store in f lies, and what a dead
+// server had acknowledged is found.
+func memoryOf(f *disk.OS) (exception.Shared, error) {
+	file, err := f.Identity()
+	return exception.Shared{File: file}, err
 }
 
 // checkPlace refuses a store that would lie on its own base.
@@ -247,14 +258,20 @@ func lockStore(f *disk.OS, path string, shared bool) error {
 	if err := f.Lock(shared); err != nil {
 		return err
 	}
-	opened, err := f.File().Stat()
-	if err != nil {
-		return err
-	}
-	if named, err := os.Stat(path); err != nil || !os.SameFile(opened, named) {
+	if !isAt(f, path) {
 		return fmt.Errorf("%s: removed or replaced meanwhile: %w", path, fs.ErrNotExist)
 	}
 	return nil
+}
+
+// isAt reports whether path names f.
+func isAt(f *disk.OS, path string) bool {
+	opened, err := f.File().Stat()
+	if err != nil {
+		return false
+	}
+	named, err := os.Stat(path)
+	return err == nil && os.SameFile(opened, named)
 }
 
 // create makes a store at path, which must not exist. Nothing is left of it if

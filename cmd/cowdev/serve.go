@@ -176,9 +176,6 @@ func (sc *serveConfig) device(c *cli.Context) error {
 	logf := func(format string, args ...any) { warn(c, format, args...) }
 	sc.view.cow.Log, sc.view.store.Log = logf, logf
 	sc.view.store.Interval = commitInterval
-	if sc.view.temporary {
-		sc.view.store.Memory = nil
-	}
 	switch mode := c.String("detect-zeroes"); mode {
 	case "on":
 	case "off":
@@ -327,7 +324,8 @@ func serve(c *cli.Context, sc serveConfig) (err error) {
 	}
 	listening, made := false, view.made && !sc.view.temporary
 	defer func() {
-		if made && !listening && os.Remove(sc.cow) == nil { // nobody could write to it
+		// Nobody could write to it.
+		if made && !listening && isAt(view.file, sc.cow) && os.Remove(sc.cow) == nil {
 			warn(c, "%s: removed again", sc.cow)
 		}
 		err = errors.Join(err, view.Close())

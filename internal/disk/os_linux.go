@@ -131,6 +131,24 @@ func (o *OS) File() *os.File { return o.f }
 // Name returns the path that o was opened by.
 func (o *OS) Name() string { return o.f.Name() }
 
+// Identity returns what tells the file from every other of this boot, by
+// hexadecimal digits and hyphens: by its device, its inode and when that was
+// made, or for a block device by its number and which disk has it now.
+func (o *OS) Identity() (string, error) {
+	var st unix.Statx_t
+	const mask = unix.STATX_INO | unix.STATX_BTIME
+	if err := unix.Statx(o.fd, "", unix.AT_EMPTY_PATH, mask, &st); err != nil {
+		return "", fmt.Errorf("%s: %w", o.Name(), err)
+	}
+	if o.device {
+		var seq uint64
+		_ = ioctl(o.fd, unix.BLKGETDISKSEQ, &seq) // from Linux 5.15 on; no other disk of this boot has it
+		return fmt.Sprintf("%x-%x-%x", st.Rdev_major, st.Rdev_minor, seq), nil
+	}
+	made := st.Btime.Sec*1e9 + int64(st.Btime.Nsec) // 0 where the filesystem keeps none
+	return fmt.Sprintf("%x-%x-%x-%x", st.Dev_major, st.Dev_minor, st.Ino, uint64(made)), nil
+}
+
 // IsDevice reports whether o is a block device.
 func (o *OS) IsDevice() bool { return o.device }
 

@@ -78,12 +78,16 @@ func newMount(t *testing.T) *mount {
 
 // show makes f seen, and returns the path. The name is a new one, so that the
 // kernel has cached nothing of it.
-func (m *mount) show(f *disktest.File) string {
+func (m *mount) show(f *disktest.File) string { return m.showAs(f, 0) }
+
+// showAs is show, with an inode number by which the file is known again; 0 for
+// one of its own.
+func (m *mount) showAs(f *disktest.File, inode uint64) string {
 	m.files++
 	name := fmt.Sprintf("%d.img", m.files)
 	ctx := context.Background()
 	n := &node{file: f, mtime: time.Now(), dsync: &m.dsync}
-	m.root.AddChild(name, m.root.NewPersistentInode(ctx, n, fs.StableAttr{Mode: syscall.S_IFREG}), true)
+	m.root.AddChild(name, m.root.NewPersistentInode(ctx, n, fs.StableAttr{Mode: syscall.S_IFREG, Ino: inode, Gen: uint64(m.files)}), true)
 	return filepath.Join(m.dir, name)
 }
 

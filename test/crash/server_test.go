@@ -20,6 +20,7 @@ import (
 	"github.com/cowdev/cowdev/exception"
 	"github.com/cowdev/cowdev/image"
 	"github.com/cowdev/cowdev/internal/crash"
+	"github.com/cowdev/cowdev/internal/disk"
 	"github.com/cowdev/cowdev/internal/disktest"
 	"github.com/cowdev/cowdev/internal/nbd"
 	"github.com/cowdev/cowdev/internal/nbdclient"
@@ -284,7 +285,12 @@ type programHost struct {
 	dir   string // of the socket and the base
 	base  string
 	uuid  exception.UUID
+	shm   exception.Shared // what the program has for the store
 }
+
+// storeInode is the number of the file in which all stores of a walk lie: the
+// live table is found by it.
+const storeInode = 1 << 40
 
 func newProgramHost(t *testing.T, m *mount) *programHost {
 	dir, err := os.MkdirTemp("", "cowdev-") // short, for the socket
@@ -292,6 +298,14 @@ func newProgramHost(t *testing.T, m *mount) *programHost {
 		t.Fatal(err)
 	}
 	h := &programHost{mount: m, dir: dir, base: filepath.Join(dir, "base.img")}
+	f, err := disk.OpenOS(m.showAs(disktest.New(1), storeInode), os.O_RDONLY)
+	if err == nil {
+		h.shm.File, err = f.Identity()
+		f.Close()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
 	t.Cleanup(func() {
 		os.RemoveAll(dir)
 		h.NewMemory()
@@ -325,8 +339,8 @@ func (h *programHost) Params(p *exception.Params) error {
 }
 
 func (h *programHost) NewMemory() exception.Memory {
-	os.Remove(exception.Shared{}.Path(h.uuid))
-	return exception.Shared{}
+	os.Remove(h.shm.Path(h.uuid))
+	return h.shm
 }
 
 func (h *programHost) Start(f *disktest.File, m exception.Memory) (crash.Session, error) {
@@ -338,7 +352,7 @@ func (h *programHost) Start(f *disktest.File, m exception.Memory) (crash.Session
 	if err := s.Abandon(); err != nil {
 		return nil, err
 	}
-	server, err := serve(h.dir, "--existing", "--base-digest=sample", "--format=raw", h.base, h.mount.show(f))
+	server, err := serve(h.dir, "--existing", "--base-digest=sample", "--format=raw", h.base, h.mount.showAs(f, storeInode))
 	if err != nil {
 		return nil, err
 	}
@@ -361,7 +375,7 @@ func (s *programSession) Device(int) (block.Device, error) {
 }
 
 func (s *programSession) Adopted() bool { return s.adopted }
-func (s *programSession) Broken() bool  { return exception.Shared{}.Broken(s.host.uuid) }
+func (s *programSession) Broken() bool  { return s.host.shm.Broken(s.host.uuid) }
 
 // Memory is never told of the living: the file would have to be read while
 // the program writes it.
@@ -369,7 +383,7 @@ func (s *programSession) Memory() exception.Memory { return nil }
 
 func (s *programSession) Die() exception.Memory {
 	s.server.kill()
-	return exception.Shared{}
+	return s.host.shm
 }
 
 func (s *programSession) Close() error {
