@@ -428,7 +428,8 @@ func (r *repairer) punch(s spans) error {
 		if err := r.save(x.off, x.end-x.off); err != nil {
 			return err
 		}
-		if err := r.f.PunchHole(x.off, x.end-x.off); err != nil {
+		// The last page goes with its end.
+		if err := r.f.PunchHole(x.off, roundUp(x.end, pageSize)-x.off); err != nil {
 			return err
 		}
 	}

@@ -22,10 +22,11 @@ type Memory interface {
 
 // An Area is the memory of one live table.
 type Area interface {
-	// Bytes returns the memory. Only reserved parts may be written.
+	// Bytes returns the memory. Only reserved parts may be touched: where
+	// there is no room for a page, to read it is a SIGBUS too.
 	Bytes() []byte
 
-	// Reserve makes the pages that hold [off, off+n) safe to write. It may
+	// Reserve makes the pages that hold [off, off+n) safe to touch. It may
 	// be called by several goroutines. After an error some of them may be.
 	Reserve(off, n int64) error
 
@@ -199,6 +200,7 @@ const (
 // writers and the committer need to know.
 type live struct {
 	area    Area
+	there   pageSet // of area: what may be touched; the others are zeros
 	head    words
 	entries words
 	rows    words // a row has rowWords of them
@@ -230,7 +232,8 @@ const (
 
 func newLive(m Memory, h *Header) (*live, error) {
 	chunks, rowsAt := h.Chunks(), h.rowsAt()
-	area, err := m.Attach(h.UUID, areaHead+h.words()*8)
+	n := areaHead + h.words()*8
+	area, err := m.Attach(h.UUID, n)
 	if err != nil {
 		return nil, err
 	}
@@ -240,7 +243,7 @@ func newLive(m Memory, h *Header) (*live, error) {
 	}
 	table := asWords(area.Bytes()[areaHead:])
 	l := &live{
-		area: area, head: asWords(area.Bytes()[:areaHead]),
+		area: area, there: newPageSet(n), head: asWords(area.Bytes()[:areaHead]),
 		entries: table[:chunks], rows: table[rowsAt:], rowsAt: rowsAt,
 		chunks: asWords(mem), chunkMem: mem,
 	}
@@ -248,6 +251,27 @@ func newLive(m Memory, h *Header) (*live, error) {
 		l.wait[i].cond.L = &l.wait[i].mu
 	}
 	return l, nil
+}
+
+// ask makes the pages of the area that hold [off, off+n) safe to touch.
+func (l *live) ask(off, n int64) error {
+	if l.there.hasAll(off, n) {
+		return nil
+	}
+	if err := l.area.Reserve(off, n); err != nil {
+		return err
+	}
+	l.there.add(off, n)
+	return nil
+}
+
+// adopt takes what an earlier process left for the table.
+func (l *live) adopt() {
+	for off := int64(0); off < int64(len(l.area.Bytes())); off += pageSize {
+		if l.area.Reserved(off) {
+			l.there.add(off, 1)
+		}
+	}
 }
 
 // valid reports whether the memory was left by a process that served the
@@ -260,7 +284,7 @@ func (l *live) valid(u UUID, epoch uint64) bool {
 // setValid marks the memory as that of the session epoch of store u, whose next
 // record has number seq.
 func (l *live) setValid(u UUID, epoch, seq uint64) error {
-	if err := l.area.Reserve(0, areaHead); err != nil {
+	if err := l.ask(0, areaHead); err != nil {
 		return err
 	}
 	l.head[headEpoch].Store(epoch)
@@ -274,7 +298,7 @@ func (l *live) setValid(u UUID, epoch, seq uint64) error {
 
 // appended notes the number of the log's next record.
 func (l *live) appended(seq uint64) {
-	if l.area.Reserved(0) {
+	if l.there.has(0) {
 		l.head[headSeq].Store(seq)
 	}
 }
@@ -289,7 +313,7 @@ func (l *live) invalidate() {
 // setBroken leaves word that a sync failed: nobody adopts the memory, and who
 // opens the store in this boot does not trust cached pages (R26).
 func (l *live) setBroken(u UUID) {
-	if l.area.Reserve(0, areaHead) == nil {
+	if l.ask(0, areaHead) == nil {
 		l.head[headValid].Store(stateBroken)
 		l.head[headUUID].Store(le.Uint64(u[:]))
 		l.head[headUUID+1].Store(le.Uint64(u[8:]))
@@ -348,18 +372,23 @@ func (l *live) from(c block.Chunk) iter.Seq2[block.Chunk, Entry] {
 	}
 }
 
-func (l *live) load(c block.Chunk) Entry { return Entry(l.entries[c].Load()) }
+func (l *live) load(c block.Chunk) Entry {
+	if !l.there.has(areaHead + int64(c)*8) {
+		return 0
+	}
+	return Entry(l.entries[c].Load())
+}
 
 // reserve makes the entry of c safe to set.
 func (l *live) reserve(c block.Chunk) error {
-	return l.area.Reserve(areaHead+int64(c)*8, 8)
+	return l.ask(areaHead+int64(c)*8, 8)
 }
 
 func (l *live) set(c block.Chunk, e Entry) { l.entries[c].Store(uint64(e)) }
 
 // reserveRow makes row r safe to set.
 func (l *live) reserveRow(r uint32) error {
-	return l.area.Reserve(areaHead+(l.rowsAt+int64(r)*rowWords)*8, rowWords*8)
+	return l.ask(areaHead+(l.rowsAt+int64(r)*rowWords)*8, rowWords*8)
 }
 
 // clearRow makes row r name no slot. No entry names it.

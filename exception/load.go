@@ -63,6 +63,7 @@ func open(f disk.File, o Options) (*Store, error) {
 	keep := true // what another process left in memory
 	switch {
 	case s.adopted:
+		s.live.adopt()
 	case o.ReadOnly:
 		s.live.forget() // in its copy
 	default:
@@ -356,7 +357,7 @@ func (ld *loader) sectors(p []byte, n int64) error {
 func (ld *loader) populate(off, n int64) {
 	if live := ld.s.live; !ld.s.adopted && off < int64(len(live.entries))*8 {
 		n := min(n, int64(len(live.entries))*8-off)
-		ld.ahead.Go(func() { _ = live.area.Reserve(areaHead+off, n) })
+		ld.ahead.Go(func() { _ = live.ask(areaHead+off, n) })
 	}
 	populate(ld.mem, off, n)
 }
@@ -407,7 +408,7 @@ func (ld *loader) rows(q []byte, n int64) error {
 		}
 		return nil
 	}
-	if err := live.area.Reserve(areaHead+n*8, words*8); err != nil {
+	if err := live.ask(areaHead+n*8, words*8); err != nil {
 		return fmt.Errorf("memory for the live table: %w", err)
 	}
 	to := live.rows.plain()[n-live.rowsAt:]
@@ -418,14 +419,23 @@ func (ld *loader) rows(q []byte, n int64) error {
 }
 
 // findNewRows marks the pages of rows that the memory of a dead process has
-// and the file's table has not. A page of the table lies in two of memory.
+// and the file's table has not. One without a row is none of these, though a
+// page of memory, which is larger, was made for its neighbours: there may be no
+// room for it in the file.
 func (ld *loader) findNewRows() {
 	live, t := ld.s.live, &ld.s.table
 	end := live.rowsAt + int64(len(live.rows))
-	for n := live.rowsAt; n < end; n += pageWords {
-		last := min(n+pageWords, end) - 1
-		if !t.allocated[n/pageWords] && (live.area.Reserved(areaHead+n*8) || live.area.Reserved(areaHead+last*8)) {
-			t.dirty[n/pageWords] = true
+	for first := live.rowsAt; first < end; first += pageWords {
+		if t.allocated[first/pageWords] {
+			continue
+		}
+		for n := first; n < min(first+pageWords, end); n++ {
+			if at := areaHead + n*8; !live.area.Reserved(at) {
+				n += (pageSize-at%pageSize)/8 - 1
+			} else if live.rowWord(n) != 0 {
+				t.dirty[first/pageWords] = true
+				break
+			}
 		}
 	}
 }
@@ -574,7 +584,7 @@ func (ld *loader) publish() error {
 	ld.ahead.Wait()
 	live := ld.s.live
 	for from, to := range ld.runs() {
-		if err := live.area.Reserve(areaHead+from*8, (to-from)*8); err != nil {
+		if err := live.ask(areaHead+from*8, (to-from)*8); err != nil {
 			return fmt.Errorf("memory for the live table: %w", err)
 		}
 		copy(live.entries.plain()[from:to], ld.into[from:to])

@@ -129,7 +129,7 @@ func (s *Store) punchLeftovers(size int64) {
 	s.punchSlots(s.slots.free)
 	if end := s.slotOff(s.slots.next); end < size {
 		if data, err := s.file.NextData(end); err != nil || data < size {
-			s.punch(end, size-end)
+			s.punch(end, roundUp(size, pageSize)-end) // the last page goes with its end
 		}
 	}
 }

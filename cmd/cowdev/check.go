@@ -89,10 +89,10 @@ func (r *checkResult) verdict(harmed bool) error {
 	switch {
 	case harmed:
 		return quietError(exitDamaged)
-	case len(r.Repaired) > 0:
-		return quietError(exitRepaired)
 	case len(r.Problems) > 0:
 		return quietError(exitFailure)
+	case len(r.Repaired) > 0:
+		return quietError(exitRepaired)
 	}
 	return nil
 }

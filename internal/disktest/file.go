@@ -255,7 +255,8 @@ func (f *File) sync(way int) error {
 	return err
 }
 
-// PunchHole makes [off, off+n) zeros and its whole pages free. The size stays.
+// PunchHole makes [off, off+n) zeros and its whole pages free: the last one too,
+// where the file ends in it and the hole goes on to its end. The size stays.
 func (f *File) PunchHole(off, n int64) error {
 	op, fault, err := f.begin(Punch, off, n, nil)
 	if err != nil {
@@ -265,7 +266,7 @@ func (f *File) PunchHole(off, n int64) error {
 	if fault.Err != nil {
 		n = min(n, fault.Done)
 	}
-	if n = min(n, f.size-off); n > 0 {
+	if n = min(n, (f.size+pageSize-1)/pageSize*pageSize-off); n > 0 && off < f.size {
 		f.addZeros(op, off, n)
 	}
 	f.mu.Unlock()
