@@ -76,6 +76,16 @@ func expect(t testing.TB, s *exception.Store, c block.Chunk, off, n int, v byte)
 	}
 }
 
+// checked returns what a check of the store in f finds.
+func checked(t testing.TB, f *disktest.File) *exception.Report {
+	t.Helper()
+	r, err := exception.Check(f.Fork(nil))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r
+}
+
 // cost counts the synced appends to f, and the syncs of the whole file.
 type cost struct{ appends, syncs int }
 
@@ -397,10 +407,7 @@ func TestShortBlocksOfTheDeadLeaveNothing(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	r, err := exception.Check(f.Fork(nil))
-	if err != nil {
-		t.Fatal(err)
-	}
+	r := checked(t, f)
 	if size, _ := f.Fork(nil).Size(); size%4096 == 0 {
 		t.Errorf("the file has %d bytes, expected no whole pages", size)
 	}
@@ -461,10 +468,7 @@ func TestShortBlocksLeaveNothing(t *testing.T) {
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
 	}
-	r, err := exception.Check(f.Fork(nil))
-	if err != nil {
-		t.Fatal(err)
-	}
+	r := checked(t, f)
 	if len(r.Problems) > 0 || r.Stored == 0 {
 		t.Errorf("%d blocks stored, problems %v", r.Stored, r.Problems)
 	}
