@@ -3,6 +3,7 @@ package crash
 import (
 	"fmt"
 	"os"
+	"strconv"
 	"testing"
 	"time"
 
@@ -56,7 +57,11 @@ func campaignTime(t *testing.T) time.Duration {
 	return d
 }
 
+// firstSeed is where seeds begin: a violation tells which it had.
 func firstSeed() uint64 {
+	if n, err := strconv.ParseUint(os.Getenv("COWDEV_CRASH_SEED"), 10, 64); err == nil {
+		return n
+	}
 	if long() {
 		return uint64(time.Now().UnixMicro())
 	}
