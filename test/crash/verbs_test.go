@@ -37,6 +37,7 @@ func TestVerbs(t *testing.T) {
 				v.step()
 			}
 			v.session()
+			v.close(v.cow)
 		})
 	}
 	t.Logf("%d sequences: %+v in %.1fs", seed-first, counts, time.Since(begin).Seconds())
@@ -190,6 +191,17 @@ func (v *verbs) end(s *server) {
 	}
 }
 
+// close serves a store once more, and ends that in order: nothing of it is left
+// in memory.
+func (v *verbs) close(cow string) {
+	v.t.Helper()
+	s := v.serveOn(cow)
+	v.dev.c.Close()
+	if err := s.close(); err != nil {
+		v.t.Fatal(err)
+	}
+}
+
 // session serves the store and changes it.
 func (v *verbs) session() {
 	v.t.Helper()
@@ -273,6 +285,7 @@ func (v *verbs) copied() {
 	v.change()
 	v.same("a copy")
 	v.end(s)
+	v.close(twin)
 	v.content = now
 	os.Remove(twin)
 }
@@ -280,10 +293,7 @@ func (v *verbs) copied() {
 // backup writes an older state over the store.
 func (v *verbs) backup() {
 	v.t.Helper()
-	s := v.serveOn(v.cow)
-	if err := s.close(); err != nil {
-		v.t.Fatal(err)
-	}
+	v.close(v.cow)
 	v.count.backups++
 	kept := filepath.Join(v.dir, "kept")
 	copyTo(v.t, kept, v.cow)
@@ -349,14 +359,8 @@ func (v *verbs) check() {
 	v.t.Helper()
 	v.count.checks++
 	v.run("01", "check", v.cow, v.base, "--deep")
-	s := v.serveOn(v.cow)
-	if err := v.dev.Flush(); err != nil {
-		v.t.Fatal(err)
-	}
-	v.dev.c.Close()
-	if err := s.close(); err != nil {
-		v.t.Fatal(err)
-	}
+	v.session()
+	v.close(v.cow)
 	v.run("0", "check", v.cow, v.base)
 }
 
