@@ -184,9 +184,6 @@ func (a *sharedArea) Lasting() bool           { return true }
 // Reserve allocates the pages, since a store into a page for which the tmpfs
 // has no room would be a SIGBUS.
 func (a *sharedArea) Reserve(off, n int64) error {
-	if a.reserved.hasAll(off, n) {
-		return nil
-	}
 	a.mu.Lock()
 	defer a.mu.Unlock()
 	end := min((off+n+pageSize-1)/pageSize*pageSize, int64(len(a.bytes)))

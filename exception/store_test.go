@@ -387,35 +387,6 @@ func TestEndsBeforeWhatTheLogHas(t *testing.T) {
 	expect(t, s, 0, 4096, 4096, 2)
 }
 
-// So do those that a process left which died, in the file's last page too.
-func TestShortBlocksOfTheDeadLeaveNothing(t *testing.T) {
-	f := disktest.New(1)
-	if err := exception.Create(f, exception.Params{Geometry: block.Geometry{Size: 64 << 10, ChunkSize: 32 << 10}}); err != nil {
-		t.Fatal(err)
-	}
-	o := exception.Options{Memory: exception.Shared{Dir: t.TempDir()}}
-	s := openStore(t, f, o)
-	put(t, s, 0, 0, 32<<10, 1)
-	put(t, s, 1, 0, 32<<10, 1)
-	zero(t, s, 0, 1)
-	put(t, s, 0, 0, 2048, 2) // in a slot behind the others, whose page the file ends in
-	zero(t, s, 0, 1)
-	f = f.Kill(nil)
-	s = openStore(t, f, o)
-	put(t, s, 0, 2048, 2048, 3)
-	flush(t, s)
-	if err := s.Close(); err != nil {
-		t.Fatal(err)
-	}
-	r := checked(t, f)
-	if size, _ := f.Fork(nil).Size(); size%4096 == 0 {
-		t.Errorf("the file has %d bytes, expected no whole pages", size)
-	}
-	if len(r.Problems) > 0 || r.Leaked > 0 {
-		t.Errorf("%d bytes leaked, %v", r.Leaked, r.Problems)
-	}
-}
-
 // A process that dies while the disk is full leaves a store that can be
 // changed where it needs no room, and closed.
 func TestTakenOverOnFullDisk(t *testing.T) {
@@ -471,6 +442,35 @@ func TestShortBlocksLeaveNothing(t *testing.T) {
 	r := checked(t, f)
 	if len(r.Problems) > 0 || r.Stored == 0 {
 		t.Errorf("%d blocks stored, problems %v", r.Stored, r.Problems)
+	}
+}
+
+// So do those that a process left which died, in the file's last page too.
+func TestShortBlocksOfTheDeadLeaveNothing(t *testing.T) {
+	f := disktest.New(1)
+	if err := exception.Create(f, exception.Params{Geometry: block.Geometry{Size: 64 << 10, ChunkSize: 32 << 10}}); err != nil {
+		t.Fatal(err)
+	}
+	o := exception.Options{Memory: exception.Shared{Dir: t.TempDir()}}
+	s := openStore(t, f, o)
+	put(t, s, 0, 0, 32<<10, 1)
+	put(t, s, 1, 0, 32<<10, 1)
+	zero(t, s, 0, 1)
+	put(t, s, 0, 0, 2048, 2) // in a slot behind the others, whose page the file ends in
+	zero(t, s, 0, 1)
+	f = f.Kill(nil)
+	s = openStore(t, f, o)
+	put(t, s, 0, 2048, 2048, 3)
+	flush(t, s)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	r := checked(t, f)
+	if size, _ := f.Fork(nil).Size(); size%4096 == 0 {
+		t.Errorf("the file has %d bytes, expected no whole pages", size)
+	}
+	if len(r.Problems) > 0 || r.Leaked > 0 {
+		t.Errorf("%d bytes leaked, %v", r.Leaked, r.Problems)
 	}
 }
 

@@ -58,8 +58,9 @@ func (c *conn) settle() error {
 	}
 	var err error
 	if half > 0 {
-		err = c.writeTogether(g.requests[:half], g.writes[:half])
-		err = andThen(err, c.flush())
+		if err = c.writeTogether(g.requests[:half], g.writes[:half]); err == nil {
+			err = c.flush()
+		}
 	}
 	if err == nil {
 		err = c.writeTogether(g.requests[half:], g.writes[half:])
