@@ -46,6 +46,7 @@ func open(f disk.File, o Options) (*Store, error) {
 	if o.Memory == nil {
 		o.Memory = Heap{}
 	}
+	memory := o.Memory
 	if o.ReadOnly {
 		o.Memory = copyOf{o.Memory}
 	}
@@ -60,6 +61,9 @@ func open(f disk.File, o Options) (*Store, error) {
 		return nil, fmt.Errorf("memory for %d chunks: %w", h.Chunks(), err)
 	}
 	s.adopted = !h.Clean && s.live.valid(h.UUID, h.epoch) && !s.isOlder()
+	if !h.Clean && !s.adopted {
+		s.lookElsewhere(memory)
+	}
 	keep := true // what another process left in memory
 	switch {
 	case s.adopted:
@@ -101,6 +105,18 @@ func (s *Store) isOlder() bool {
 	}
 	s.logf("the store is older than what its last server left in memory, which is passed over: a copy in its place?")
 	return true
+}
+
+// lookElsewhere says where the last server's memory is, if this file cannot have
+// it.
+func (s *Store) lookElsewhere(m Memory) {
+	e, ok := m.(interface{ Elsewhere(UUID, uint64) string })
+	if !ok {
+		return
+	}
+	if name := e.Elsewhere(s.header.UUID, s.header.epoch); name != "" {
+		s.logf("the store was in use when it was copied, moved or given away; what had not been committed is in %s, and not here", name)
+	}
 }
 
 func newStore(f disk.File, h *Header, o Options) *Store {

@@ -1,11 +1,12 @@
 package exception
 
 import (
+	"encoding/binary"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 
@@ -21,39 +22,95 @@ type Shared struct {
 	// that a name may have: a copy of a store has its UUID too, and must not
 	// have its memory. Empty where there can be no copy.
 	File string
+
+	// User is who owns the memory besides the one that runs, if that is root:
+	// the owner of the store finds what root's server left there, and root what
+	// the owner's did. 0 where nobody else does.
+	User int
+}
+
+// user returns whose memory it is.
+func (m Shared) user() int {
+	if m.User != 0 {
+		return m.User
+	}
+	return os.Geteuid()
+}
+
+// ours reports whether st is of a file that nobody else could have put there.
+func (m Shared) ours(st *unix.Stat_t) bool {
+	return (int(st.Uid) == os.Geteuid() || int(st.Uid) == m.user()) && st.Mode&unix.S_IFMT == unix.S_IFREG
 }
 
 // Path returns the file that holds the live table of store u.
 func (m Shared) Path(u UUID) string {
-	name := m.Prefix() + u.String()
+	name := m.prefix(strconv.Itoa(m.user())) + u.String()
 	if m.File != "" {
 		name += "-" + m.File
 	}
 	return name
 }
 
-// Prefix returns what the paths of all stores begin with; the UUID follows.
-func (m Shared) Prefix() string {
-	dir := m.Dir
-	if dir == "" {
-		dir = "/dev/shm"
+// prefix returns what the paths of all stores begin with; the UUID follows.
+func (m Shared) prefix(user string) string {
+	return filepath.Join(m.Directory(), fmt.Sprintf("cowdev-%s-%s-", user, bootID()))
+}
+
+// Directory returns where the files lie.
+func (m Shared) Directory() string {
+	if m.Dir == "" {
+		return "/dev/shm"
 	}
-	return filepath.Join(dir, fmt.Sprintf("cowdev-%d-%s-", os.Geteuid(), bootID()))
+	return m.Dir
+}
+
+// Files returns the files of this boot that hold live tables of the one who
+// runs, or for root of anybody, each with the UUID of its store.
+func (m Shared) Files() map[string]string {
+	user := strconv.Itoa(os.Geteuid())
+	if os.Geteuid() == 0 {
+		user = "*"
+	}
+	names, _ := filepath.Glob(m.prefix(user) + "*")
+	files := make(map[string]string, len(names))
+	for _, name := range names {
+		_, rest, _ := strings.Cut(filepath.Base(name), "-"+bootID()+"-")
+		files[name] = rest[:min(len(rest), len(UUID{}.String()))]
+	}
+	return files
+}
+
+// Elsewhere returns the file that holds what session epoch of store u had in
+// memory, if that is not the file at Path: the store was copied or moved, or
+// given to another user, after its server died. It is empty where there is none.
+func (m Shared) Elsewhere(u UUID, epoch uint64) string {
+	for name, of := range m.Files() {
+		if of != u.String() || name == m.Path(u) {
+			continue
+		}
+		if h, err := headOf(name); err == nil && h[headMagic] == areaMagic && h[headValid] == stateValid && h[headEpoch] == epoch {
+			return name
+		}
+	}
+	return ""
 }
 
 // Broken reports whether a process of this boot left word that a sync of store
 // u failed, or serves it so. The next session for writing ends that.
 func (m Shared) Broken(u UUID) bool {
-	head := make([]byte, (headUUID+2)*8)
-	f, err := os.Open(m.Path(u))
+	h, err := headOf(m.Path(u))
+	return err == nil && h[headMagic] == areaMagic && h[headValid] == stateBroken
+}
+
+// headOf reads what the file at path says of its store.
+func headOf(path string) ([headUUID]uint64, error) {
+	var head [headUUID]uint64
+	f, err := os.OpenFile(path, os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if err != nil {
-		return false
+		return head, err
 	}
 	defer f.Close()
-	if _, err := io.ReadFull(f, head); err != nil {
-		return false
-	}
-	return le.Uint64(head[headMagic*8:]) == areaMagic && le.Uint64(head[headValid*8:]) == stateBroken
+	return head, binary.Read(f, le, &head)
 }
 
 // bootID tells this boot from others, in a few characters.
@@ -69,16 +126,31 @@ func bootID() string {
 // Attach maps the file of store u, as an earlier process left it or new.
 func (m Shared) Attach(u UUID, n int64) (Area, error) {
 	path := m.Path(u)
-	f, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0o600)
+	f, err := m.open(path)
 	if err != nil {
 		return nil, err
 	}
 	a := &sharedArea{file: f, path: path, reserved: newPageSet(n)}
-	if err := a.open(n); err != nil {
+	if err := a.open(m, n); err != nil {
 		f.Close()
 		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	return a, nil
+}
+
+// open opens the file at path, or makes it. What is there is not opened as
+// something that may have to be made: the kernel refuses root that of another's
+// file in a directory that all may write to (fs.protected_regular).
+func (m Shared) open(path string) (*os.File, error) {
+	const flags = os.O_RDWR | unix.O_NOFOLLOW | unix.O_CLOEXEC
+	f, err := os.OpenFile(path, flags, 0)
+	if !errors.Is(err, os.ErrNotExist) {
+		return f, err
+	}
+	if f, err = os.OpenFile(path, flags|os.O_CREATE|os.O_EXCL, 0o600); err == nil && m.user() != os.Geteuid() {
+		_ = f.Chown(m.user(), -1) // a user that this namespace has not will not come
+	}
+	return f, err
 }
 
 // Peek implements Peeker.
@@ -95,7 +167,7 @@ func (m Shared) Peek(u UUID, n int64) (Area, error) {
 		return nil, errors.Join(err, area.Release(false))
 	}
 	defer f.Close()
-	if err := copyArea(area, f, n); err != nil {
+	if err := m.copyArea(area, f, n); err != nil {
 		return nil, errors.Join(fmt.Errorf("%s: %w", m.Path(u), err), area.Release(false))
 	}
 	return area, nil
@@ -103,13 +175,13 @@ func (m Shared) Peek(u UUID, n int64) (Area, error) {
 
 // copyArea fills the area from f, if that has the area's size and is a file of
 // our own.
-func copyArea(a Area, f *os.File, n int64) error {
+func (m Shared) copyArea(a Area, f *os.File, n int64) error {
 	var st unix.Stat_t
 	fd := int(f.Fd())
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
-	if st.Uid != uint32(os.Geteuid()) || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Size != n {
+	if !m.ours(&st) || st.Size != n {
 		return nil // nothing that a process of ours left
 	}
 	for off := int64(0); off < n; off += pageSize {
@@ -140,13 +212,13 @@ type sharedArea struct {
 	mu       sync.Mutex // one Reserve at a time
 }
 
-func (a *sharedArea) open(n int64) error {
+func (a *sharedArea) open(m Shared, n int64) error {
 	var st unix.Stat_t
 	fd := int(a.file.Fd())
 	if err := unix.Fstat(fd, &st); err != nil {
 		return err
 	}
-	if st.Uid != uint32(os.Geteuid()) || st.Mode&unix.S_IFMT != unix.S_IFREG || st.Nlink != 1 {
+	if !m.ours(&st) || st.Nlink != 1 {
 		return fmt.Errorf("is not a file of our own, remove it")
 	}
 	if st.Size != n {

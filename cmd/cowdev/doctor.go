@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
@@ -424,14 +425,12 @@ func (d *doctor) liveTables(stores map[string]bool) {
 			owners[info.memory] = info
 		}
 	}
-	prefix := exception.Shared{}.Prefix()
-	names, _ := filepath.Glob(prefix + "*")
-	used := mappedFiles(prefix)
+	tables := exception.Shared{}.Files()
+	used := mappedFiles(exception.Shared{}.Directory())
 	var strange []string // of stores that nobody has named
-	for _, name := range names {
-		uuid := uuidOf(name, prefix)
+	for _, name := range slices.Sorted(maps.Keys(tables)) {
 		// What is told of an attached device cures its store too.
-		attached := slices.ContainsFunc(d.states, func(s *attach.State) bool { return s.UUID == uuid })
+		attached := slices.ContainsFunc(d.states, func(s *attach.State) bool { return s.UUID == tables[name] })
 		if attached || used[name] {
 			continue
 		}
@@ -447,26 +446,19 @@ func (d *doctor) liveTables(stores map[string]bool) {
 		return
 	}
 	for _, name := range strange {
-		d.find(name, problem, fmt.Sprintf(cure, "the store "+uuidOf(name, prefix))+
+		d.find(name, problem, fmt.Sprintf(cure, "the store "+tables[name])+
 			" (cowdev doctor DIRECTORY finds its file, cowdev info tells the UUID); remove this file where the store is gone", nil)
 	}
 }
 
-// uuidOf returns the UUID of the store whose live table has that name.
-func uuidOf(name, prefix string) string {
-	rest := strings.TrimPrefix(name, prefix)
-	return rest[:min(len(rest), len(exception.UUID{}.String()))]
-}
-
-// mappedFiles returns the files whose names begin with prefix that processes have
-// mapped.
-func mappedFiles(prefix string) map[string]bool {
+// mappedFiles returns the files in dir that processes have mapped.
+func mappedFiles(dir string) map[string]bool {
 	files := map[string]bool{}
 	names, _ := filepath.Glob("/proc/[0-9]*/maps")
 	for _, name := range names {
 		maps, _ := os.ReadFile(name)
 		for line := range strings.Lines(string(maps)) {
-			if at := strings.Index(line, prefix); at >= 0 {
+			if at := strings.Index(line, dir+"/"); at >= 0 {
 				files[strings.TrimSuffix(line[at:], "\n")] = true
 			}
 		}

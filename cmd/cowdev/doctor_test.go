@@ -334,7 +334,7 @@ func TestDoctorLiveTables(t *testing.T) {
 		must(t, os.WriteFile(name, make([]byte, os.Getpagesize()), 0o600))
 		left = append(left, name)
 	}
-	prefix := exception.Shared{}.Prefix()
+	prefix := strings.TrimSuffix(exception.Shared{}.Path(exception.UUID{}), exception.UUID{}.String())
 	inUse := left[n]
 	f, err := os.Open(inUse)
 	must(t, err)

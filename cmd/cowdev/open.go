@@ -1,12 +1,14 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 	"time"
 
 	"github.com/urfave/cli/v2"
@@ -156,6 +158,7 @@ func (v *view) openStore(c *cli.Context, path string, o viewOptions) error {
 		v.base.BeginSample() // for recognise, while the store is loaded
 	}
 	o.store.ReadOnly = o.readOnly
+	o.store.Log = func(format string, args ...any) { warn(c, "%s: %s", cmp.Or(path, "the overlay"), fmt.Sprintf(format, args...)) }
 	store, err := exception.Open(f, o.store)
 	if err != nil {
 		return v.storeError(path, err)
@@ -169,10 +172,17 @@ func (v *view) openStore(c *cli.Context, path string, o viewOptions) error {
 }
 
 // memoryOf returns where the live table of the store in f lies, and what a dead
-// server had acknowledged is found.
+// server had acknowledged is found. Root and the store's owner have the same.
 func memoryOf(f *disk.OS) (exception.Shared, error) {
 	file, err := f.Identity()
-	return exception.Shared{File: file}, err
+	if err != nil || os.Geteuid() != 0 {
+		return exception.Shared{File: file}, err
+	}
+	st, err := f.File().Stat()
+	if err != nil {
+		return exception.Shared{}, err
+	}
+	return exception.Shared{File: file, User: int(st.Sys().(*syscall.Stat_t).Uid)}, nil
 }
 
 // checkPlace refuses a store that would lie on its own base.

@@ -61,7 +61,7 @@ func (f certificateFiles) directories() map[string]bool {
 // removesFrom returns the directories in which the server removes a file at
 // its end: sockets, and the live table.
 func (sc *serveConfig) removesFrom() map[string]bool {
-	dirs := map[string]bool{filepath.Dir(exception.Shared{}.Prefix()): true}
+	dirs := map[string]bool{exception.Shared{}.Directory(): true}
 	for _, path := range sc.listen.sockets {
 		dirs[filepath.Dir(path)] = true
 	}

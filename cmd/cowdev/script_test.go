@@ -53,6 +53,12 @@ func TestScripts(t *testing.T) {
 			"ready": scriptReady, "nbd": scriptNBD, "same": scriptSame,
 			"loop": scriptLoop, "mount": scriptMount, "taken": scriptTaken, "certs": scriptCerts,
 		},
+		Condition: func(cond string) (bool, error) {
+			if cond != "root" {
+				return false, fmt.Errorf("unknown condition %q", cond)
+			}
+			return os.Geteuid() == 0, nil
+		},
 		Setup: func(env *testscript.Env) error {
 			env.Values["t"] = env.T()
 			return nil

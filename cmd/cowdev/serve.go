@@ -173,8 +173,7 @@ func (sc *serveConfig) files(c *cli.Context) error {
 
 // device reads how the overlay behaves.
 func (sc *serveConfig) device(c *cli.Context) error {
-	logf := func(format string, args ...any) { warn(c, format, args...) }
-	sc.view.cow.Log, sc.view.store.Log = logf, logf
+	sc.view.cow.Log = func(format string, args ...any) { warn(c, format, args...) }
 	sc.view.store.Interval = commitInterval
 	switch mode := c.String("detect-zeroes"); mode {
 	case "on":
