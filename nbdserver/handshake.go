@@ -146,6 +146,12 @@ func (h *handshake) option() (done bool, err error) {
 	if refusal := h.refuse(opt.code, n); refusal != nil {
 		return false, h.refused(&opt, n, refusal)
 	}
+	if opt.code == nbd.OptAbort { // whose data, as much as it may be, says nothing
+		if err := h.drain(opt.code, n); err != nil {
+			return false, err
+		}
+		return opt.handle()
+	}
 	// The buffer grows as the data comes, so that a client that only
 	// announces it costs nothing.
 	var data bytes.Buffer

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"maps"
 	"net"
+	"runtime"
 	"slices"
 	"strings"
 	"testing"
@@ -140,6 +141,26 @@ func TestAbort(t *testing.T) {
 		}
 		stillTalks(t, r.greet())
 	})
+}
+
+// However much data ABORT comes with, none of it is kept.
+func TestAbortLargeData(t *testing.T) {
+	c := twoExports(t).greet()
+	piece := make([]byte, 1<<20)
+	check(t, c.Send(nbdclient.Uint64(nbd.OptionMagic), nbdclient.Uint32(nbd.OptAbort), nbdclient.Uint32(48<<20)))
+	var before, after runtime.MemStats
+	runtime.ReadMemStats(&before)
+	for range 48 {
+		_, err := c.Write(piece)
+		check(t, err)
+	}
+	reply, err := c.OptionReply(nbd.OptAbort)
+	check(t, err)
+	runtime.ReadMemStats(&after)
+	if got := after.TotalAlloc - before.TotalAlloc; reply.Type != nbd.RepAck || got > 8<<20 {
+		t.Errorf("reply %#x, and 48 MiB of data made the server allocate %d KiB", reply.Type, got>>10)
+	}
+	expectEnd(t, c)
 }
 
 func TestList(t *testing.T) {
