@@ -57,9 +57,6 @@ func contextStatus(i int, e *block.Extent) uint32 {
 // metaContext answers NBD_OPT_LIST_META_CONTEXT and NBD_OPT_SET_META_CONTEXT.
 func (o *option) metaContext() error {
 	set := o.code == nbd.OptSetMetaContext
-	if set { // replaces the former choice also where it fails
-		o.h.agreed.contexts, o.h.contextsOf = 0, ""
-	}
 	if !o.h.agreed.chunked() {
 		return o.fail(&refusal{nbd.RepErrInvalid, "metadata contexts need structured replies or extended headers"})
 	}

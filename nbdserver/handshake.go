@@ -143,6 +143,9 @@ func (h *handshake) option() (done bool, err error) {
 		code: binary.BigEndian.Uint32(head[8:]),
 	}
 	n := binary.BigEndian.Uint32(head[12:])
+	if opt.code == nbd.OptSetMetaContext { // replaces the former choice also where it fails
+		h.agreed.contexts, h.contextsOf = 0, ""
+	}
 	if refusal := h.refuse(opt.code, n); refusal != nil {
 		return false, h.refused(&opt, n, refusal)
 	}

@@ -389,6 +389,7 @@ func TestMetaContextsReplaced(t *testing.T) {
 	for name, after := range map[string]func(*nbdclient.Client){
 		"failed":       func(c *nbdclient.Client) { c.SetMetaContexts("nothere", "base:allocation") },
 		"malformed":    func(c *nbdclient.Client) { final(t, c, nbd.OptSetMetaContext, []byte{1}) },
+		"too big":      func(c *nbdclient.Client) { final(t, c, nbd.OptSetMetaContext, make([]byte, 1<<17)) },
 		"emptied":      func(c *nbdclient.Client) { check(t, c.SetMetaContexts("")) },
 		"other export": func(c *nbdclient.Client) { check(t, c.SetMetaContexts("disk", "base:allocation")) },
 		"still in force": func(c *nbdclient.Client) {
