@@ -145,7 +145,7 @@ func (c *conn) writeLater(r *request) error {
 	j := newJob(c, r)
 	j.buf = getBuffer(int(r.n))
 	if int(r.n) > len(c.in.have()) {
-		if err := c.flush(); err != nil {
+		if err := c.beforeWait(); err != nil {
 			j.free()
 			return err
 		}
@@ -160,7 +160,7 @@ func (c *conn) writeLater(r *request) error {
 // writePieces does a WRITE piece by piece from the receive buffer as it comes
 // in. After an error the rest is thrown away.
 func (c *conn) writePieces(r *request) error {
-	if err := c.flush(); err != nil {
+	if err := c.beforeWait(); err != nil {
 		return err
 	}
 	for at, end := r.off, r.off+r.n; at < end; {
@@ -244,7 +244,7 @@ func (c *conn) sync(r *request) error {
 		j.flushOnly = true
 		return c.start(j, 0)
 	}
-	if err := c.flush(); err != nil {
+	if err := c.beforeWait(); err != nil {
 		return err
 	}
 	if err := c.enter(); err != nil {

@@ -357,7 +357,7 @@ func (c *conn) refuse(r *request, payload uint64, f *failure) error {
 		return fmt.Errorf("request with %d bytes of payload, expected at most %d", payload, maxDrain)
 	}
 	if payload > uint64(len(c.in.have())) {
-		if err := c.flush(); err != nil {
+		if err := c.beforeWait(); err != nil {
 			return err
 		}
 	}
@@ -424,6 +424,15 @@ func (c *conn) flush() error {
 	return c.sendError(err)
 }
 
+// beforeWait sends the replies of the batch and has the READs that were put off
+// begun: what comes next may take as long as the client, or another, likes.
+func (c *conn) beforeWait() error {
+	if err := c.startCold(); err != nil {
+		return err
+	}
+	return c.flush()
+}
+
 // sendError returns what an error of sending a batch means.
 func (c *conn) sendError(err error) error {
 	if errors.Is(err, syscall.EFAULT) {
@@ -451,7 +460,7 @@ func (c *conn) enter() error {
 		g = c.srv.workers.parked
 	}
 	if !g.tryEnter() {
-		if err := c.flush(); err != nil { // replies do not wait for others' devices
+		if err := c.beforeWait(); err != nil { // replies do not wait for others' devices
 			return err
 		}
 		g.enter()
@@ -478,7 +487,7 @@ func (c *conn) mayBlock() bool {
 // connection has few enough there.
 func (c *conn) start(j *job, n int) error {
 	if !c.jobs.tryAdd(n) {
-		if err := c.flush(); err != nil {
+		if err := c.beforeWait(); err != nil {
 			j.free()
 			return err
 		}

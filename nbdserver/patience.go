@@ -39,7 +39,7 @@ func (c *conn) slowDown(price time.Duration) error {
 	if wait == 0 || c.stopping.Load() {
 		return nil
 	}
-	if err := c.flush(); err != nil {
+	if err := c.beforeWait(); err != nil {
 		return err
 	}
 	if !c.patience.told {
