@@ -206,7 +206,8 @@ func (j *job) readInto(p []byte, off int64) (got int, err error) {
 func (j *job) readChunks(buf []byte) error {
 	end := j.req.off + j.req.n
 	for off := j.req.off; off < end; {
-		run := j.runAt(off, min(readPiece, end-off))
+		// Chunks end at multiples of 512 bytes, as the specification wants.
+		run := j.runAt(off, min(readPiece-off%preferredBlock, end-off))
 		var flags uint16
 		if run.End() == end {
 			flags = nbd.ReplyFlagDone

@@ -2,6 +2,7 @@ package nbdserver_test
 
 import (
 	"bytes"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"io"
@@ -429,6 +430,28 @@ func TestSparseRead(t *testing.T) {
 		}
 		if chunked := c.Structured || c.Extended; chunked != (holes > 0) {
 			t.Errorf("%d hole chunks", holes)
+		}
+	})
+}
+
+// The chunks of a large read begin and end at multiples of 512 bytes, but for
+// its own ends.
+func TestUnalignedRead(t *testing.T) {
+	dev := newMemDevice(testSize)
+	inStyles(t, dev, func(t *testing.T, c *nbdclient.Client) {
+		const off, n = 7, 3 << 20
+		res := expectError(t, c, 0, req{Type: nbd.CmdRead, Offset: off, Length: n})
+		if !bytes.Equal(res.Data, dev.data[off:off+n]) || res.Covered != n {
+			t.Errorf("%d bytes came, or not the right ones", res.Covered)
+		}
+		for _, m := range res.Chunks {
+			if m.Simple {
+				continue
+			}
+			at := binary.BigEndian.Uint64(m.Payload)
+			if end := at + uint64(len(m.Payload)-8); at != off && at%512 != 0 || end != off+n && end%512 != 0 {
+				t.Errorf("chunk from %d to %d", at, end)
+			}
 		}
 	})
 }
