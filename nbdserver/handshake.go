@@ -177,6 +177,8 @@ func (h *handshake) refuse(code, n uint32) *refusal {
 	switch {
 	case code == nbd.OptAbort:
 		return nil
+	case forced && !h.fixed: // for such a client there is no TLS, so it must not be told to use it
+		return &refusal{nbd.RepErrPolicy, "this server talks by TLS only, which needs fixed newstyle negotiation"}
 	case forced && code != nbd.OptStartTLS:
 		return &refusal{nbd.RepErrTLSReqd, "this server talks by TLS only"}
 	case h.c.stopping.Load():

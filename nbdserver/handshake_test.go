@@ -203,12 +203,7 @@ func TestExportName(t *testing.T) {
 
 // A client that knows nothing of fixed newstyle gets 124 zeroes and a device.
 func TestExportNameWithZeroes(t *testing.T) {
-	nc, err := net.Dial("unix", twoExports(t).socket)
-	check(t, err)
-	defer nc.Close()
-	c := nbdclient.Raw(nc)
-	c.Recv(18)
-	check(t, c.Send(nbdclient.Uint32(0)))
+	c := twoExports(t).greetOld()
 	check(t, c.ExportName(""))
 	zeroes, err := c.Recv(124)
 	check(t, err)

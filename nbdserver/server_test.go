@@ -104,6 +104,19 @@ func (r *rig) greet() *nbdclient.Client {
 	return c
 }
 
+// greetOld returns a client that knows nothing of fixed newstyle.
+func (r *rig) greetOld() *nbdclient.Client {
+	r.t.Helper()
+	nc, err := net.Dial("unix", r.socket)
+	check(r.t, err)
+	r.t.Cleanup(func() { nc.Close() })
+	c := nbdclient.Raw(nc)
+	_, err = c.Recv(18)
+	check(r.t, err)
+	check(r.t, c.Send(nbdclient.Uint32(0)))
+	return c
+}
+
 // A style is a way to speak the transmission phase.
 type style int
 

@@ -3,7 +3,6 @@ package nbdserver_test
 import (
 	"bytes"
 	"crypto/tls"
-	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -77,6 +76,12 @@ func TestTLSRequired(t *testing.T) {
 	c = r.greet()
 	check(t, c.SendOption(nbd.OptExportName))
 	expectEnd(t, c)
+	c = r.greetOld()
+	for _, code := range []uint32{nbd.OptList, nbd.OptGo, nbd.OptStartTLS, 99} {
+		expectFinal(t, c, nbd.RepErrPolicy, code)
+	}
+	check(t, c.SendOption(nbd.OptExportName))
+	expectEnd(t, c)
 	c = r.greet()
 	expectFinal(t, c, nbd.RepAck, nbd.OptAbort)
 	expectEnd(t, c)
@@ -92,13 +97,7 @@ func TestTLSOptionErrors(t *testing.T) {
 	expectFinal(t, c, nbd.RepErrInvalid, nbd.OptStartTLS, []byte("x"))
 	stillTalks(t, c) // in plain text, which this server allows
 
-	nc, err := net.Dial("unix", r.socket)
-	check(t, err)
-	defer nc.Close()
-	old := nbdclient.Raw(nc)
-	old.Recv(18)
-	check(t, old.Send(nbdclient.Uint32(0))) // no fixed newstyle: must be served without TLS
-	expectFinal(t, old, nbd.RepErrPolicy, nbd.OptStartTLS)
+	expectFinal(t, r.greetOld(), nbd.RepErrPolicy, nbd.OptStartTLS) // must be served without TLS
 }
 
 // What was agreed on in plain text is forgotten.
