@@ -1,6 +1,7 @@
 package nbdserver
 
 import (
+	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -21,7 +22,7 @@ import (
 const handshakeGrace = 500 * time.Millisecond
 
 // linger is how long replies of workers may take to leave when the connection
-// ends because of an error.
+// ends because of an error, and a client to end its half after a goodbye.
 const linger = 5 * time.Second
 
 // How much unsent data the kernel keeps for connections that send much.
@@ -94,6 +95,9 @@ func (c *conn) upgrade(nc net.Conn) { c.nc = nc }
 func (c *conn) run(serve func() error) error {
 	defer c.srv.removeConn(c)
 	err := serve()
+	if err == errGoodbye {
+		c.farewell()
+	}
 	c.nc.Close()
 	if why := c.cut.Load(); why != nil {
 		err = *why
@@ -108,6 +112,19 @@ func (c *conn) run(serve func() error) error {
 		c.srv.log.printf("connection of %s: %v", c.peer, err)
 	}
 	return err
+}
+
+// farewell waits for the end of a TLS session over TCP that the client said
+// goodbye to: it may end its half as well, and TCP forgets what a client has not
+// taken yet when something comes for a socket that is closed.
+func (c *conn) farewell() {
+	secured, ok := c.nc.(*tls.Conn)
+	sock, ok2 := c.sock.(*net.TCPConn)
+	if !ok || !ok2 || secured.CloseWrite() != nil || sock.CloseWrite() != nil {
+		return
+	}
+	c.setDeadline(time.Now().Add(linger))
+	_, _ = io.CopyN(io.Discard, sock, 64<<10)
 }
 
 // stop asks the connection to end when what has been received is answered.

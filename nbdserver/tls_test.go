@@ -3,6 +3,7 @@ package nbdserver_test
 import (
 	"bytes"
 	"crypto/tls"
+	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -56,6 +57,31 @@ func TestTLSAgainstModel(t *testing.T) {
 			expectEnd(t, c) // with a close_notify, or this were an error
 		})
 	}
+}
+
+// Replies that a client is slow to take are not lost where it ends its half of
+// the TLS session at once.
+func TestTLSGoodbye(t *testing.T) {
+	dev := newMemDevice(testSize)
+	r, a, _, _ := serveTLS(t, nbdserver.TLSRequire, dev)
+	nc, err := net.Dial("tcp", r.listen("tcp", "127.0.0.1:0").String())
+	check(t, err)
+	defer nc.Close()
+	c, err := nbdclient.Greet(nc)
+	check(t, err)
+	check(t, c.StartTLS(clientTLS(t, a, time.Now().Add(time.Hour))))
+	check(t, c.Go(""))
+	read := req{Type: nbd.CmdRead, Cookie: 1, Length: 1 << 20}
+	c.Expect(read)
+	check(t, c.Send(c.Encode(read), c.Encode(req{Type: nbd.CmdDisc})))
+	check(t, c.Conn.(*tls.Conn).CloseWrite())
+	time.Sleep(100 * time.Millisecond) // for a server that closes too early to do so
+	m, err := c.Receive()
+	check(t, err)
+	if !bytes.Equal(m.Payload, dev.data[:read.Length]) {
+		t.Error("not the bytes that were there")
+	}
+	expectEnd(t, c)
 }
 
 // Before TLS a server that requires it does nothing else.
