@@ -404,12 +404,26 @@ func (sc *serveConfig) wantsDigest(v *view) bool {
 
 func (sc *serveConfig) newServer(c *cli.Context, v *view, certs *nbdserver.Certificates) (*nbdserver.Server, error) {
 	cfg := sc.server
-	cfg.Exports = []nbdserver.Export{{Name: sc.listen.export, Description: "copy-on-write overlay of " + sc.base, Device: v.device}}
+	cfg.Exports = []nbdserver.Export{{Name: sc.listen.export, Description: description(sc.base), Device: v.device}}
 	cfg.ErrorLog = func(format string, args ...any) { warn(c, format, args...) }
 	if certs != nil {
 		cfg.TLSConfig = certs.Config
 	}
 	return nbdserver.New(cfg)
+}
+
+// maxDescription is how long the protocol has strings be, in bytes.
+const maxDescription = 256
+
+// description tells clients of an overlay over base, whose path may be longer
+// than a string of the protocol, and need not be text.
+func description(base string) string {
+	s := strings.ToValidUTF8("copy-on-write overlay of "+base, "\uFFFD")
+	if len(s) <= maxDescription {
+		return s
+	}
+	const more = "…"
+	return strings.ToValidUTF8(s[:maxDescription-len(more)], "") + more
 }
 
 // A stopper ends the server by signals: SIGINT and SIGTERM in order, a second

@@ -104,7 +104,7 @@ func inheritedConns(n int) ([]net.Conn, error) {
 
 // transmitter returns a server, and the export that ServeTransmission is given.
 func (sc *serveConfig) transmitter(c *cli.Context, v *view) (*nbdserver.Server, *nbdserver.Export, error) {
-	export := nbdserver.Export{Description: "copy-on-write overlay of " + sc.base, Device: v.device}
+	export := nbdserver.Export{Description: description(sc.base), Device: v.device}
 	server, err := nbdserver.New(nbdserver.Config{
 		Exports:  []nbdserver.Export{export},
 		ErrorLog: func(format string, args ...any) { warn(c, format, args...) },

@@ -212,6 +212,21 @@ func TestBlockBytes(t *testing.T) {
 	}
 }
 
+// Clients are told of the base in a string that the protocol allows.
+func TestDescription(t *testing.T) {
+	for base, want := range map[string]string{
+		"/vm/base.img":                 "copy-on-write overlay of /vm/base.img",
+		"b\xe9se\xff.img":              "copy-on-write overlay of b\uFFFDse\uFFFD.img",
+		strings.Repeat("d", 231):       "copy-on-write overlay of " + strings.Repeat("d", 231),
+		strings.Repeat("d", 4095):      "copy-on-write overlay of " + strings.Repeat("d", 228) + "…",
+		"x" + strings.Repeat("é", 500): "copy-on-write overlay of x" + strings.Repeat("é", 113) + "…",
+	} {
+		if got := description(base); got != want {
+			t.Errorf("%.40q: %q, expected %q", base, got, want)
+		}
+	}
+}
+
 func TestURIs(t *testing.T) {
 	lc := listenConfig{export: "a b/c", tls: true}
 	if got, want := lc.unixURI("/run/my disk.sock"), "nbds+unix:///a%20b%2Fc?socket=/run/my%20disk.sock"; got != want {
