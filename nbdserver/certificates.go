@@ -3,6 +3,7 @@ package nbdserver
 import (
 	"crypto/tls"
 	"crypto/x509"
+	"errors"
 	"fmt"
 	"os"
 	"sync/atomic"
@@ -42,13 +43,37 @@ func (c *Certificates) Reload() error {
 		if err != nil {
 			return fmt.Errorf("TLS authority: %w", err)
 		}
-		config.ClientCAs = x509.NewCertPool()
-		if !config.ClientCAs.AppendCertsFromPEM(pem) {
+		authorities := x509.NewCertPool()
+		if !authorities.AppendCertsFromPEM(pem) {
 			return fmt.Errorf("TLS authority %s: no certificate in it, expected PEM", c.caFile)
 		}
-		config.ClientAuth = tls.RequireAndVerifyClientCert
+		// With the authorities' names in the request, as ClientCAs has them, GnuTLS
+		// 3.7 finds that no RSA certificate will do for TLS 1.3, and shows none.
+		config.ClientAuth = tls.RequireAnyClientCert
+		config.VerifyConnection = func(s tls.ConnectionState) error { return verifyClient(&s, authorities) }
 	}
 	c.config.Store(config)
+	return nil
+}
+
+// verifyClient returns why the client's certificate is not one that authorities
+// have signed for clients, or nil.
+func verifyClient(s *tls.ConnectionState, authorities *x509.CertPool) error {
+	if len(s.PeerCertificates) == 0 {
+		return errors.New("the client has shown no certificate")
+	}
+	between := x509.NewCertPool()
+	for _, cert := range s.PeerCertificates[1:] {
+		between.AddCert(cert)
+	}
+	_, err := s.PeerCertificates[0].Verify(x509.VerifyOptions{
+		Roots:         authorities,
+		Intermediates: between,
+		KeyUsages:     []x509.ExtKeyUsage{x509.ExtKeyUsageClientAuth},
+	})
+	if err != nil {
+		return fmt.Errorf("the client's certificate: %w", err)
+	}
 	return nil
 }
 

@@ -159,17 +159,22 @@ func TestTLSInjection(t *testing.T) {
 }
 
 func TestTLSClientCertificates(t *testing.T) {
-	r, a, _, _ := serveTLS(t, nbdserver.TLSRequire, newMemDevice(testSize))
+	r, a, _, dir := serveTLS(t, nbdserver.TLSRequire, newMemDevice(testSize))
 	missing := clientTLS(t, a, time.Now().Add(time.Hour))
 	missing.Certificates = nil
 	foreign := clientTLS(t, newAuthority(t), time.Now().Add(time.Hour))
 	foreign.RootCAs = missing.RootCAs
+	server := clientTLS(t, a, time.Now().Add(time.Hour))
+	cert, err := tls.LoadX509KeyPair(filepath.Join(dir, "server-cert.pem"), filepath.Join(dir, "server-key.pem"))
+	check(t, err)
+	server.Certificates = []tls.Certificate{cert}
 	old := clientTLS(t, a, time.Now().Add(time.Hour))
 	old.MaxVersion = tls.VersionTLS11
 	for name, conf := range map[string]*tls.Config{
 		"missing": missing,
 		"expired": clientTLS(t, a, time.Now().Add(-time.Hour)),
 		"foreign": foreign,
+		"server":  server,
 		"TLS 1.1": old,
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -183,11 +188,23 @@ func TestTLSClientCertificates(t *testing.T) {
 			}
 		})
 	}
-	conf := clientTLS(t, a, time.Now().Add(time.Hour))
-	conf.MaxVersion = tls.VersionTLS12
-	c := r.greet()
-	check(t, c.StartTLS(conf))
-	stillTalks(t, c)
+	for _, version := range []uint16{tls.VersionTLS12, tls.VersionTLS13} {
+		conf := clientTLS(t, a, time.Now().Add(time.Hour))
+		conf.MaxVersion = version
+		mine := conf.Certificates[0]
+		conf.GetClientCertificate = func(asked *tls.CertificateRequestInfo) (*tls.Certificate, error) {
+			if len(asked.AcceptableCAs) > 0 {
+				t.Error("the server names authorities, of which some clients conclude too much")
+			}
+			return &mine, nil
+		}
+		conf.ClientSessionCache = tls.NewLRUClientSessionCache(0)
+		for range 2 { // the second time a session is resumed
+			c := r.greet()
+			check(t, c.StartTLS(conf))
+			stillTalks(t, c)
+		}
+	}
 }
 
 // New certificates are for new connections; broken files change nothing.

@@ -1,9 +1,11 @@
 package nbdclient
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
 	"crypto/rand"
+	"crypto/rsa"
 	"crypto/tls"
 	"crypto/x509"
 	"crypto/x509/pkix"
@@ -44,19 +46,15 @@ func NewAuthority() (*Authority, error) {
 	return &Authority{cert, key, pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})}, nil
 }
 
-// issue returns the PEM of a certificate for name and 127.0.0.1 that ends at a
-// time, and that of its key.
-func (a *Authority) issue(name string, until time.Time) (cert, key []byte, err error) {
-	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
-	if err != nil {
-		return nil, nil, err
-	}
+// issue returns the PEM of a certificate for the public half of private, name and
+// 127.0.0.1 that ends at a time, and that of the key.
+func (a *Authority) issue(private crypto.Signer, name string, until time.Time, usage x509.ExtKeyUsage) (cert, key []byte, err error) {
 	template := &x509.Certificate{
 		SerialNumber: big.NewInt(time.Now().UnixNano()), Subject: pkix.Name{CommonName: name},
 		DNSNames: []string{name}, IPAddresses: []net.IP{net.IPv4(127, 0, 0, 1)},
 		NotBefore: time.Now().Add(-12 * time.Hour), NotAfter: until,
 		KeyUsage:    x509.KeyUsageDigitalSignature,
-		ExtKeyUsage: []x509.ExtKeyUsage{x509.ExtKeyUsageServerAuth, x509.ExtKeyUsageClientAuth},
+		ExtKeyUsage: []x509.ExtKeyUsage{usage},
 	}
 	der, err := x509.CreateCertificate(rand.Reader, template, a.cert, private.Public(), a.key)
 	if err != nil {
@@ -73,13 +71,21 @@ func (a *Authority) issue(name string, until time.Time) (cert, key []byte, err e
 // WriteServer puts ca-cert.pem, and server-cert.pem and server-key.pem for the
 // host name, into dir: the names that nbd-client, nbdkit and qemu share.
 func (a *Authority) WriteServer(dir, host string) error {
-	return a.write(dir, "server", host, time.Now().Add(12*time.Hour))
+	key, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return err
+	}
+	return a.write(dir, "server", key, host, time.Now().Add(12*time.Hour), x509.ExtKeyUsageServerAuth)
 }
 
 // WriteClient is WriteServer for client-cert.pem and client-key.pem, of a
-// certificate that ends at a time.
+// certificate that ends at a time. Its key is RSA, as most tools make them.
 func (a *Authority) WriteClient(dir string, until time.Time) error {
-	return a.write(dir, "client", "client", until)
+	key, err := rsa.GenerateKey(rand.Reader, 2048)
+	if err != nil {
+		return err
+	}
+	return a.write(dir, "client", key, "client", until, x509.ExtKeyUsageClientAuth)
 }
 
 // WriteAuthority puts ca-cert.pem alone into dir.
@@ -87,8 +93,8 @@ func (a *Authority) WriteAuthority(dir string) error {
 	return os.WriteFile(filepath.Join(dir, "ca-cert.pem"), a.pem, 0o600)
 }
 
-func (a *Authority) write(dir, role, name string, until time.Time) error {
-	cert, key, err := a.issue(name, until)
+func (a *Authority) write(dir, role string, private crypto.Signer, name string, until time.Time, usage x509.ExtKeyUsage) error {
+	cert, key, err := a.issue(private, name, until, usage)
 	if err != nil {
 		return err
 	}
@@ -104,7 +110,11 @@ func (a *Authority) write(dir, role, name string, until time.Time) error {
 // Client returns the configuration of a client that expects host, with a
 // certificate that ends at a time.
 func (a *Authority) Client(host string, until time.Time) (*tls.Config, error) {
-	certPEM, keyPEM, err := a.issue("client", until)
+	private, err := ecdsa.GenerateKey(elliptic.P256(), rand.Reader)
+	if err != nil {
+		return nil, err
+	}
+	certPEM, keyPEM, err := a.issue(private, "client", until, x509.ExtKeyUsageClientAuth)
 	if err != nil {
 		return nil, err
 	}
