@@ -5,7 +5,9 @@ import (
 	"crypto/x509"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"path/filepath"
 	"sync/atomic"
 )
 
@@ -13,6 +15,7 @@ import (
 // that can be read again while it runs.
 type Certificates struct {
 	certFile, keyFile, caFile string
+	mayLack                   bool // caFile, until it has been there
 	config                    atomic.Pointer[tls.Config]
 }
 
@@ -20,7 +23,18 @@ type Certificates struct {
 // every client has to show a certificate that one of those in it has signed;
 // without, any client may come.
 func LoadCertificates(certFile, keyFile, caFile string) (*Certificates, error) {
-	c := &Certificates{certFile: certFile, keyFile: keyFile, caFile: caFile}
+	return (&Certificates{certFile: certFile, keyFile: keyFile, caFile: caFile}).loaded()
+}
+
+// LoadCertificatesIn is LoadCertificates of server-cert.pem, server-key.pem and
+// ca-cert.pem in dir: the names that nbd-client, nbdkit and qemu share. Where
+// there is no ca-cert.pem any client may come, until Reload finds one.
+func LoadCertificatesIn(dir string) (*Certificates, error) {
+	in := func(name string) string { return filepath.Join(dir, name) }
+	return (&Certificates{certFile: in("server-cert.pem"), keyFile: in("server-key.pem"), caFile: in("ca-cert.pem"), mayLack: true}).loaded()
+}
+
+func (c *Certificates) loaded() (*Certificates, error) {
 	if err := c.Reload(); err != nil {
 		return nil, err
 	}
@@ -28,7 +42,8 @@ func LoadCertificates(certFile, keyFile, caFile string) (*Certificates, error) {
 }
 
 // Reload reads the files again. Connections that begin TLS from now on use
-// what they hold; after an error, what was there before stays in use.
+// what they hold; after an error, what was there before stays in use. One
+// goroutine at a time may call it.
 func (c *Certificates) Reload() error {
 	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
 	if err != nil {
@@ -38,15 +53,12 @@ func (c *Certificates) Reload() error {
 		Certificates: []tls.Certificate{cert},
 		MinVersion:   tls.VersionTLS12,
 	}
-	if c.caFile != "" {
-		pem, err := os.ReadFile(c.caFile)
-		if err != nil {
-			return fmt.Errorf("TLS authority: %w", err)
-		}
-		authorities := x509.NewCertPool()
-		if !authorities.AppendCertsFromPEM(pem) {
-			return fmt.Errorf("TLS authority %s: no certificate in it, expected PEM", c.caFile)
-		}
+	authorities, err := c.authorities()
+	if err != nil {
+		return err
+	}
+	if authorities != nil {
+		c.mayLack = false // a client that had to show a certificate always has to
 		// With the authorities' names in the request, as ClientCAs has them, GnuTLS
 		// 3.7 finds that no RSA certificate will do for TLS 1.3, and shows none.
 		config.ClientAuth = tls.RequireAnyClientCert
@@ -54,6 +66,25 @@ func (c *Certificates) Reload() error {
 	}
 	c.config.Store(config)
 	return nil
+}
+
+// authorities returns who signs clients' certificates, or nil if clients need none.
+func (c *Certificates) authorities() (*x509.CertPool, error) {
+	if c.caFile == "" {
+		return nil, nil
+	}
+	pem, err := os.ReadFile(c.caFile)
+	if c.mayLack && errors.Is(err, fs.ErrNotExist) {
+		return nil, nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("TLS authority: %w", err)
+	}
+	pool := x509.NewCertPool()
+	if !pool.AppendCertsFromPEM(pem) {
+		return nil, fmt.Errorf("TLS authority %s: no certificate in it, expected PEM", c.caFile)
+	}
+	return pool, nil
 }
 
 // verifyClient returns why the client's certificate is not one that authorities

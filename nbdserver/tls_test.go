@@ -32,8 +32,7 @@ func clientTLS(t *testing.T, a *nbdclient.Authority, until time.Time) *tls.Confi
 func serveTLS(t *testing.T, mode nbdserver.TLSMode, dev block.Device) (*rig, *nbdclient.Authority, *nbdserver.Certificates, string) {
 	a, dir := newAuthority(t), t.TempDir()
 	check(t, a.WriteServer(dir, "server"))
-	in := func(name string) string { return filepath.Join(dir, name) }
-	certs, err := nbdserver.LoadCertificates(in("server-cert.pem"), in("server-key.pem"), in("ca-cert.pem"))
+	certs, err := nbdserver.LoadCertificatesIn(dir)
 	check(t, err)
 	r := serve(t, nbdserver.Config{Exports: []nbdserver.Export{{Device: dev}}, TLS: mode, TLSConfig: certs.Config})
 	return r, a, certs, dir
@@ -234,4 +233,45 @@ func TestCertificatesReload(t *testing.T) {
 	c = r.greet()
 	check(t, c.StartTLS(clientTLS(t, fresh, until)))
 	stillTalks(t, c)
+}
+
+// An authority that comes later is heeded, and one that has been there may not
+// go: a server that asked for certificates goes on to.
+func TestCertificatesAuthority(t *testing.T) {
+	a, dir := newAuthority(t), t.TempDir()
+	check(t, a.WriteServer(dir, "server"))
+	ca := filepath.Join(dir, "ca-cert.pem")
+	check(t, os.Remove(ca))
+	in := func(name string) string { return filepath.Join(dir, name) }
+	if _, err := nbdserver.LoadCertificates(in("server-cert.pem"), in("server-key.pem"), ca); err == nil {
+		t.Error("an authority that is not there was accepted by name")
+	}
+	certs, err := nbdserver.LoadCertificatesIn(dir)
+	check(t, err)
+	r := serve(t, nbdserver.Config{
+		Exports: []nbdserver.Export{{Device: newMemDevice(testSize)}}, TLS: nbdserver.TLSRequire, TLSConfig: certs.Config})
+	letIn := func(certificate bool) error {
+		conf := clientTLS(t, a, time.Now().Add(time.Hour))
+		if !certificate {
+			conf.Certificates = nil
+		}
+		c := r.greet()
+		if err := c.StartTLS(conf); err != nil {
+			return err
+		}
+		return c.Go("")
+	}
+	check(t, letIn(false))
+	check(t, a.WriteAuthority(dir))
+	check(t, certs.Reload())
+	for range 2 {
+		check(t, letIn(true))
+		if letIn(false) == nil {
+			t.Error("a client without a certificate was let in")
+		}
+		check(t, os.RemoveAll(ca))
+		if certs.Reload() == nil {
+			t.Error("the authority is gone, and nothing was said")
+		}
+	}
 }

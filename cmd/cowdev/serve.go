@@ -105,28 +105,29 @@ type serveConfig struct {
 	sandbox   bool
 }
 
-// certificateFiles are the paths of PEM files; the authority's may be empty.
-type certificateFiles struct{ ca, cert, key string }
+// certificateFiles are the paths of PEM files; the authority's may be empty. Where
+// they were given as those of a directory, there may be no such file.
+type certificateFiles struct{ ca, cert, key, dir string }
 
-// certificatesIn returns the files of dir, by the names that nbd-client,
-// nbdkit and qemu share.
+// certificatesIn returns the files of dir, by the names that
+// nbdserver.LoadCertificatesIn knows.
 func certificatesIn(dir string) certificateFiles {
-	f := certificateFiles{
+	return certificateFiles{
 		ca:   filepath.Join(dir, "ca-cert.pem"),
 		cert: filepath.Join(dir, "server-cert.pem"),
 		key:  filepath.Join(dir, "server-key.pem"),
+		dir:  dir,
 	}
-	if _, err := os.Stat(f.ca); errors.Is(err, fs.ErrNotExist) {
-		f.ca = ""
-	}
-	return f
 }
 
 func (f certificateFiles) load() (*nbdserver.Certificates, error) {
-	if f.cert == "" {
-		return nil, nil
+	switch {
+	case f.dir != "":
+		return nbdserver.LoadCertificatesIn(f.dir)
+	case f.cert != "":
+		return nbdserver.LoadCertificates(f.cert, f.key, f.ca)
 	}
-	return nbdserver.LoadCertificates(f.cert, f.key, f.ca)
+	return nil, nil
 }
 
 func serveConfigOf(c *cli.Context) (sc serveConfig, err error) {
