@@ -183,6 +183,8 @@ func (h *handshake) refuse(code, n uint32) *refusal {
 		return &refusal{nbd.RepErrTLSReqd, "this server talks by TLS only"}
 	case h.c.stopping.Load():
 		return &refusal{nbd.RepErrShutdown, "the server is shutting down"}
+	case n > maxOptionData && !known(code):
+		return refusalUnknown
 	case n > maxOptionData:
 		return &refusal{nbd.RepErrTooBig, "the option has too much data"}
 	}

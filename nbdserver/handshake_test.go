@@ -96,8 +96,11 @@ func TestOptionMagic(t *testing.T) {
 
 func TestOptionTooBig(t *testing.T) {
 	c := twoExports(t).greet()
-	for _, code := range []uint32{nbd.OptGo, nbd.OptList, nbd.OptSetMetaContext, 99} {
+	for _, code := range []uint32{nbd.OptGo, nbd.OptList, nbd.OptSetMetaContext, nbd.OptExtendedHeaders} {
 		expectFinal(t, c, nbd.RepErrTooBig, code, make([]byte, 1<<20))
+	}
+	for _, code := range []uint32{0, nbd.OptPeekExport, 12, 99} {
+		expectFinal(t, c, nbd.RepErrUnsup, code, make([]byte, 1<<20))
 	}
 	stillTalks(t, c)
 }

@@ -16,6 +16,13 @@ type option struct {
 	out  []byte // replies that have not been sent
 }
 
+var refusalUnknown = &refusal{nbd.RepErrUnsup, "unknown option"}
+
+// known says that handle has an answer of its own to an option.
+func known(code uint32) bool {
+	return nbd.OptExportName <= code && code <= nbd.OptExtendedHeaders && code != nbd.OptPeekExport
+}
+
 // handle answers the option. It reports whether the transmission phase begins.
 func (o *option) handle() (done bool, err error) {
 	switch o.code {
@@ -40,7 +47,7 @@ func (o *option) handle() (done bool, err error) {
 	case nbd.OptListMetaContext, nbd.OptSetMetaContext:
 		return false, o.metaContext()
 	}
-	return false, o.fail(&refusal{nbd.RepErrUnsup, "unknown option"})
+	return false, o.fail(refusalUnknown)
 }
 
 // exportName is the way into the transmission phase that cannot fail but by
