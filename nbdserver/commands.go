@@ -277,8 +277,7 @@ func (c *conn) blockStatus(r *request, payload uint64) error {
 	}
 	if f != nil {
 		j.free()
-		c.fail(r, f)
-		return nil
+		return c.refuse(r, 0, f)
 	}
 	j.contexts = chosen
 	return c.start(j, statusBytes)
