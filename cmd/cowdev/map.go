@@ -46,6 +46,11 @@ func mapCommand() *cli.Command {
 			if ext := filepath.Ext(output); output != "" && ext != ".svg" && ext != ".png" {
 				return usagef("map: --output %s: expected a name that ends in .svg or .png", output)
 			}
+			for _, input := range args {
+				if sameFile(output, input) {
+					return usagef("map: --output %s is %s itself; give another name", output, input)
+				}
+			}
 			return mapDevice(c, args[0], args[1], output)
 		},
 	}
