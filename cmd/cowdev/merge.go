@@ -4,8 +4,10 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
+	"syscall"
 
 	"github.com/urfave/cli/v2"
 
@@ -101,6 +103,11 @@ func (v *view) mergeInto(ctx context.Context, c *cli.Context, cowPath string, pl
 	if remove && v.file.IsDevice() {
 		return usagef("--delete: %s is a block device and cannot be removed; without it the store is emptied", cowPath)
 	}
+	if remove {
+		if err := onlyName(cowPath); err != nil {
+			return err
+		}
+	}
 	if plan.Chunks == 0 && !remove && v.store.Header().State == exception.Active {
 		return nil
 	}
@@ -118,6 +125,22 @@ func (v *view) mergeInto(ctx context.Context, c *cli.Context, cowPath string, pl
 	}
 	err := merge.Into(ctx, v.base.Disk(), v.store, mo)
 	return unfinished(err, v.store.Header().State, v.base.Path(), cowPath)
+}
+
+// onlyName refuses a path whose removal would leave the store's file under
+// another name: half merged for ever, over a base that has it all.
+func onlyName(path string) error {
+	info, err := os.Lstat(path)
+	if err != nil {
+		return err
+	}
+	if info.Mode()&fs.ModeSymlink != 0 {
+		return usagef("--delete: %s is a symbolic link, expected the store's own name; without --delete the store is emptied", path)
+	}
+	if st, ok := info.Sys().(*syscall.Stat_t); ok && st.Nlink > 1 {
+		return usagef("--delete: %s has %d names (hard links), expected one; without --delete the store is emptied", path, st.Nlink)
+	}
+	return nil
 }
 
 // unfinished adds to the error of a merge in place what is left behind.
