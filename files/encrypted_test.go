@@ -187,7 +187,7 @@ func TestExtractEncrypted(t *testing.T) {
 	}
 	defer root.Close()
 	var encrypted []string
-	if _, err := Extract(top, root, ".", ExtractOptions{Encrypted: func(name string) { encrypted = append(encrypted, name) }}); err != nil {
+	if _, err := Extract(t.Context(), top, root, ".", ExtractOptions{Encrypted: func(name string) { encrypted = append(encrypted, name) }}); err != nil {
 		t.Fatal(err)
 	}
 	if want := []string{"out", "secret"}; !slices.Equal(encrypted, want) {
@@ -201,7 +201,7 @@ func TestExtractEncrypted(t *testing.T) {
 			t.Errorf("%s was made: %v", name, err)
 		}
 	}
-	if _, err := Extract(top, root, "again", ExtractOptions{}); !errors.Is(err, ext4.ErrEncrypted) {
+	if _, err := Extract(t.Context(), top, root, "again", ExtractOptions{}); !errors.Is(err, ext4.ErrEncrypted) {
 		t.Errorf("without Encrypted: %v, expected %v", err, ext4.ErrEncrypted)
 	}
 }

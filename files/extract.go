@@ -1,18 +1,19 @@
 package files
 
 import (
+	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path"
 	"path/filepath"
 	"strings"
 	"syscall"
-	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cowdev/cowdev/files/ext4"
 )
 
 // ExtractOptions says how files are taken out of an image.
@@ -36,10 +37,10 @@ type ExtractOptions struct {
 // Zeros become holes. A directory that exists is filled; a file that exists is
 // fs.ErrExist without Replace. With it a device or fifo that is there already
 // is left as it is. Nothing is written outside root, whatever links there are.
-// It returns the paths, from f, of files that were passed over: sockets, and
+// The end of ctx is an error; no file is left in part after one. It returns the paths, from f, of files that were passed over: sockets, and
 // without Archive devices.
-func Extract(f File, root *os.Root, name string, o ExtractOptions) (skipped []string, err error) {
-	x := &extractor{root: root, o: o, made: map[uint64]string{}}
+func Extract(ctx context.Context, f File, root *os.Root, name string, o ExtractOptions) (skipped []string, err error) {
+	x := &extractor{ctx: ctx, root: root, o: o, made: map[uint64]string{}}
 	err = Walk(name, f, x.one)
 	// Directories get their attributes last, deepest first: before, they may
 	// not be writable, and their times would change.
@@ -52,6 +53,7 @@ func Extract(f File, root *os.Root, name string, o ExtractOptions) (skipped []st
 }
 
 type extractor struct {
+	ctx  context.Context
 	root *os.Root
 	o    ExtractOptions
 	made map[uint64]string // first names of files with several
@@ -67,6 +69,9 @@ type extracted struct {
 
 // one extracts one file.
 func (x *extractor) one(name string, f File) error {
+	if err := x.ctx.Err(); err != nil {
+		return err
+	}
 	if x.o.Encrypted != nil && Encrypted(f) {
 		x.o.Encrypted(name)
 		return fs.SkipDir
@@ -178,12 +183,19 @@ func (x *extractor) regular(name string, f File) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, out.Close()) }()
+	defer func() {
+		if err = errors.Join(err, out.Close()); err != nil {
+			x.root.Remove(name)
+		}
+	}()
 	size := f.Attr().Size
 	if err := out.Truncate(size); err != nil {
 		return err
 	}
 	return eachData(f, size, func(p []byte, off int64) error {
+		if err := x.ctx.Err(); err != nil {
+			return err
+		}
 		_, err := out.WriteAt(p, off)
 		return err
 	})
@@ -191,12 +203,20 @@ func (x *extractor) regular(name string, f File) (err error) {
 
 // special makes a device or a fifo.
 func (x *extractor) special(name string, a Attr) error {
+	return x.at(name, func(dir int, base string) error {
+		return unix.Mknodat(dir, base, UnixMode(a.Mode)&^0o7777|0o600, int(unix.Mkdev(a.Major, a.Minor)))
+	})
+}
+
+// at calls do with the directory of name, for what a root cannot do itself. do
+// must not follow base where it is a link.
+func (x *extractor) at(name string, do func(dir int, base string) error) error {
 	dir, err := x.root.Open(path.Dir(name))
 	if err != nil {
 		return err
 	}
 	defer dir.Close()
-	return unix.Mknodat(int(dir.Fd()), path.Base(name), UnixMode(a.Mode)&^0o7777|0o600, int(unix.Mkdev(a.Major, a.Minor)))
+	return do(int(dir.Fd()), path.Base(name))
 }
 
 // attributes gives a file its attributes.
@@ -215,58 +235,107 @@ func (x *extractor) attributes(name string, f File) error {
 	} else {
 		mode &^= fs.ModeSetuid | fs.ModeSetgid
 	}
-	if link {
-		return nil // its permissions mean nothing, its times cannot be set in a root
+	if !link { // whose permissions mean nothing
+		if err := x.root.Chmod(name, mode); err != nil {
+			return err
+		}
 	}
-	if err := x.root.Chmod(name, mode); err != nil {
-		return err
+	if !x.o.Archive || a.Modified.IsZero() {
+		return nil
 	}
-	if x.o.Archive && !a.Modified.IsZero() {
-		return x.root.Chtimes(name, time.Time{}, a.Modified)
-	}
-	return nil
+	// Package os counts in nanoseconds, which end in 2262.
+	times := []unix.Timespec{{Nsec: unix.UTIME_OMIT}, {Sec: a.Modified.Unix(), Nsec: int64(a.Modified.Nanosecond())}}
+	return x.at(name, func(dir int, base string) error {
+		return unix.UtimesNanoAt(dir, base, times, unix.AT_SYMLINK_NOFOLLOW)
+	})
 }
 
-// xattrs sets the extended attributes of a file or a directory.
+// xattrs sets the extended attributes of a file.
 func (x *extractor) xattrs(name string, f File) error {
-	mode := f.Attr().Mode
 	attrs, err := f.Xattrs()
-	if err != nil || len(attrs) == 0 || !mode.IsRegular() && !mode.IsDir() {
+	if err != nil || len(attrs) == 0 {
 		return err
+	}
+	mode := f.Attr().Mode
+	if !mode.IsRegular() && !mode.IsDir() { // which is not to be opened
+		return x.at(name, func(dir int, base string) error {
+			path := fmt.Sprintf("/proc/self/fd/%d/%s", dir, base)
+			return setXattrs(attrs, func(key string, value []byte) error {
+				if strings.HasPrefix(key, "user.") {
+					return nil // for files and directories only
+				}
+				return unix.Lsetxattr(path, key, value, 0)
+			})
+		})
 	}
 	out, err := x.root.Open(name)
 	if err != nil {
 		return err
 	}
 	defer out.Close()
+	return setXattrs(attrs, func(key string, value []byte) error {
+		return unix.Fsetxattr(int(out.Fd()), key, value, 0)
+	})
+}
+
+func setXattrs(attrs map[string][]byte, set func(key string, value []byte) error) error {
 	for key, value := range attrs {
-		if err := unix.Fsetxattr(int(out.Fd()), key, value, 0); err != nil {
+		if err := set(key, value); err != nil {
 			return fmt.Errorf("set attribute %s: %w", strings.ToValidUTF8(key, "?"), err)
 		}
 	}
 	return nil
 }
 
+// A fileRange is a run of a file's bytes.
+type fileRange struct{ off, end int64 }
+
+// written returns the parts of a file of size bytes that may hold something but
+// zeros: all of it where its file system does not tell.
+func written(f File, size int64) ([]fileRange, error) {
+	x, ok := f.(*extFile)
+	if !ok || x.Flags&(ext4.FlagInlineData|ext4.FlagEncrypted) != 0 {
+		return []fileRange{{0, size}}, nil
+	}
+	extents, err := x.Extents()
+	if err != nil {
+		return nil, err
+	}
+	var out []fileRange
+	for _, e := range extents {
+		if !e.Unwritten && e.Off < size {
+			out = append(out, fileRange{e.Off, min(e.Off+e.N, size)})
+		}
+	}
+	return out, nil
+}
+
 // eachData calls data for the pieces of a file that hold something but zeros.
-func eachData(f io.ReaderAt, size int64, data func(p []byte, off int64) error) error {
+func eachData(f File, size int64, data func(p []byte, off int64) error) error {
+	ranges, err := written(f, size)
+	if err != nil {
+		return err
+	}
 	const piece, unit = 1 << 20, 4096
 	buf := make([]byte, min(piece, size))
-	for off := int64(0); off < size; {
-		p := buf[:min(piece, size-off)]
-		if err := readFull(f, p, off); err != nil {
-			return err
-		}
-		for len(p) > 0 {
-			n, zero := 0, isZero(p[:min(unit, len(p))])
-			for n < len(p) && isZero(p[n:min(n+unit, len(p))]) == zero {
-				n = min(n+unit, len(p))
+	for _, r := range ranges {
+		for off := r.off; off < r.end; {
+			p := buf[:min(piece, r.end-off)]
+			if err := readFull(f, p, off); err != nil {
+				return err
 			}
-			if !zero {
-				if err := data(p[:n], off); err != nil {
-					return err
+			for len(p) > 0 {
+				n, zero := 0, isZero(p[:min(unit, len(p))])
+				for n < len(p) && isZero(p[n:min(n+unit, len(p))]) == zero {
+					n = min(n+unit, len(p))
 				}
+				if !zero {
+					if err := data(p[:n], off); err != nil {
+						return err
+					}
+				}
+				p, off = p[n:], off+int64(n)
 			}
-			p, off = p[n:], off+int64(n)
 		}
 	}
 	return nil

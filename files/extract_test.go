@@ -1,6 +1,7 @@
 package files
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -29,11 +30,10 @@ func TestExtract(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if skipped, err := Extract(top, root, "tree", ExtractOptions{Archive: true}); err != nil || len(skipped) > 0 {
+	if skipped, err := Extract(t.Context(), top, root, "tree", ExtractOptions{Archive: true}); err != nil || len(skipped) > 0 {
 		t.Fatalf("extract: %v, skipped %q", err, skipped)
 	}
-	// Times of links, and so of the directories they stand in, are not kept.
-	diff := run(t, "rsync", "-naHAXc", "--modify-window=-1", "--omit-link-times", "--delete", "-i", mounted+"/", filepath.Join(out, "tree")+"/")
+	diff := run(t, "rsync", "-naHAXc", "--modify-window=-1", "--delete", "-i", mounted+"/", filepath.Join(out, "tree")+"/")
 	if diff != "" {
 		t.Errorf("rsync finds:\n%s", diff)
 	}
@@ -61,24 +61,113 @@ func TestExtractOver(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer root.Close()
-	if _, err := Extract(f, root, "a", ExtractOptions{}); err != nil {
+	if _, err := Extract(t.Context(), f, root, "a", ExtractOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Extract(f, root, "a", ExtractOptions{}); !errors.Is(err, fs.ErrExist) {
+	if _, err := Extract(t.Context(), f, root, "a", ExtractOptions{}); !errors.Is(err, fs.ErrExist) {
 		t.Errorf("a second time: %v, expected that it exists", err)
 	}
-	if _, err := Extract(f, root, "a", ExtractOptions{Replace: true}); err != nil {
+	if _, err := Extract(t.Context(), f, root, "a", ExtractOptions{Replace: true}); err != nil {
 		t.Errorf("replaced: %v", err)
 	}
 	if err := os.Symlink(outside, filepath.Join(out, "b")); err != nil {
 		t.Fatal(err)
 	}
-	if _, err := Extract(f, root, "b", ExtractOptions{Replace: true}); err == nil {
+	if _, err := Extract(t.Context(), f, root, "b", ExtractOptions{Replace: true}); err == nil {
 		t.Error("a directory was extracted through a link that leads out")
 	}
 	if left, err := os.ReadDir(outside); err != nil || len(left) > 0 {
 		t.Errorf("outside the destination there is %v (%v)", left, err)
 	}
+}
+
+// Times beyond 2262, those of links and the attributes of links and devices are
+// kept; holes take no time; and a file that was interrupted is not left in part.
+func TestExtractOdd(t *testing.T) {
+	image := filepath.Join(t.TempDir(), "image")
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	must(os.WriteFile(image, nil, 0o644))
+	must(os.Truncate(image, 32<<20))
+	run(t, "mke2fs", "-q", "-F", "-t", "ext4", "-b", "4096", image)
+	mounted, unmount := mount(t, image, "")
+	late := []unix.Timespec{{}, {Sec: 14e9, Nsec: 123456789}} // in 2413
+	const huge = 8 << 40
+	in := func(name string) string { return filepath.Join(mounted, name) }
+	must(os.WriteFile(in("late"), []byte("x"), 0o644))
+	must(os.Symlink("late", in("link")))
+	must(unix.Mknod(in("node"), unix.S_IFCHR|0o600, int(unix.Mkdev(1, 3))))
+	for _, name := range []string{"late", "link", "node"} {
+		must(unix.UtimesNanoAt(unix.AT_FDCWD, in(name), late, unix.AT_SYMLINK_NOFOLLOW))
+		must(unix.Lsetxattr(in(name), "trusted.probe", []byte(name), 0))
+	}
+	must(os.WriteFile(in("sparse"), nil, 0o644))
+	must(os.Truncate(in("sparse"), huge))
+	sparse, err := os.OpenFile(in("sparse"), os.O_WRONLY, 0)
+	must(err)
+	_, err = sparse.WriteAt([]byte("end"), huge-3)
+	must(errors.Join(err, sparse.Close()))
+	unmount()
+
+	out := t.TempDir()
+	if err := os.WriteFile(filepath.Join(out, "probe"), nil, 0o600); err != nil || os.Truncate(filepath.Join(out, "probe"), huge) != nil {
+		t.Skipf("%s has no files of %d bytes", out, int64(huge))
+	}
+	if err := unix.Setxattr(out, "trusted.probe", nil, 0); err != nil {
+		t.Skipf("%s keeps no extended attributes: %v", out, err)
+	}
+	root, err := os.OpenRoot(out)
+	must(err)
+	defer root.Close()
+	top, err := openImage(t, image).Root()
+	must(err)
+	_, err = Extract(t.Context(), top, root, "tree", ExtractOptions{Archive: true})
+	must(err)
+	for _, name := range []string{"late", "link", "node"} {
+		var st unix.Stat_t
+		must(unix.Lstat(filepath.Join(out, "tree", name), &st))
+		if st.Mtim != late[1] {
+			t.Errorf("%s: changed at %v, expected %v", name, st.Mtim, late[1])
+		}
+		value := make([]byte, 100)
+		n, err := unix.Lgetxattr(filepath.Join(out, "tree", name), "trusted.probe", value)
+		if err != nil || string(value[:n]) != name {
+			t.Errorf("%s: attribute %q, %v", name, value[:max(n, 0)], err)
+		}
+	}
+	f, err := os.Open(filepath.Join(out, "tree", "sparse"))
+	must(err)
+	defer f.Close()
+	end := make([]byte, 4)
+	if _, err := f.ReadAt(end, huge-4); err != nil || string(end) != "\x00end" {
+		t.Errorf("the sparse file ends with %q, %v", end, err)
+	}
+
+	ctx, cancel := context.WithCancel(t.Context())
+	file, err := top.Child("sparse")
+	must(err)
+	if _, err := Extract(ctx, interrupting{file, cancel}, root, "part", ExtractOptions{}); !errors.Is(err, context.Canceled) {
+		t.Errorf("interrupted: %v", err)
+	}
+	if _, err := root.Lstat("part"); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("what was interrupted: %v, expected that nothing is left", err)
+	}
+}
+
+// interrupting is a file that is interrupted when it is read.
+type interrupting struct {
+	File
+	cancel func()
+}
+
+func (i interrupting) ReadAt(p []byte, off int64) (int, error) {
+	i.cancel()
+	copy(p, "some")
+	return len(p), nil
 }
 
 // Nothing but files and links gives way, when that is asked for.
@@ -116,7 +205,7 @@ func TestExtractInTheWay(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		if _, err := Extract(f, root, name, ExtractOptions{Replace: true}); !errors.Is(err, fs.ErrExist) {
+		if _, err := Extract(t.Context(), f, root, name, ExtractOptions{Replace: true}); !errors.Is(err, fs.ErrExist) {
 			t.Errorf("onto %s: %v, expected that it exists", name, err)
 		}
 		if after, err := os.Lstat(path); err != nil || !os.SameFile(before, after) {
@@ -154,7 +243,7 @@ func TestExtractReplaces(t *testing.T) {
 	must(err)
 	defer root.Close()
 	extract := func(f File, name string) error {
-		_, err := Extract(f, root, name, ExtractOptions{Archive: true, Replace: true})
+		_, err := Extract(t.Context(), f, root, name, ExtractOptions{Archive: true, Replace: true})
 		return err
 	}
 	must(extract(top, "a"))

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -35,6 +36,9 @@ func cp(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
+	ctx, stop := untilSignal(c)
+	defer stop()
+	context.AfterFunc(ctx, stop) // a second signal ends what waits for a server
 	return withFile(c, args[0], args[1], !c.Bool("archive"), func(_ *lookView, f files.File) error {
 		if f.Attr().Mode.IsDir() && !c.Bool("recursive") && !c.Bool("archive") {
 			return usagef("%s: %s is a directory; copy it with --recursive", args[0], args[1])
@@ -43,13 +47,18 @@ func cp(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
+		for _, input := range []string{args[0], c.String("cow")} {
+			if to := filepath.Join(dir, name); input != "" && sameFile(to, input) {
+				return usagef("cp: %s is %s itself; give another name", to, input)
+			}
+		}
 		root, err := os.OpenRoot(dir)
 		if err != nil {
 			return err
 		}
 		defer root.Close()
 		var encrypted []string
-		skipped, err := files.Extract(f, root, name, files.ExtractOptions{
+		skipped, err := files.Extract(ctx, f, root, name, files.ExtractOptions{
 			Archive: c.Bool("archive"), Replace: c.Bool("force"),
 			Encrypted: func(name string) { encrypted = append(encrypted, filepath.Join(dir, name)) },
 		})

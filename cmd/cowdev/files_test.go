@@ -359,5 +359,7 @@ func TestCopyTo(t *testing.T) {
 	copied(exitFile, "cowdev: "+x.base+": copy to dir/passwd: file exists; --force replaces files and symbolic links\n", "dir")
 	copied(exitFile, "cowdev: "+x.base+": copy to dir/other: file exists; --force replaces files and symbolic links\n", "dir/other")
 	copied(exitDone, "", "dir/other", "--force")
+	must(t, os.Symlink(x.base, "dir/base"))
+	copied(exitUsage, "cowdev: cp: dir/base is "+x.base+" itself; give another name\n", "dir/base", "--force")
 	copied(exitFile, "cowdev: dir/other/: expected a directory that exists; make it first: not a directory\n", "dir/other/")
 }
