@@ -40,6 +40,10 @@ func reorder(args []string, commands []*cli.Command) ([]string, error) {
 		case slices.Contains([]string{"--help", "-help", "-h", "--h"}, arg):
 			return []string{args[0], args[1], "--help"}, nil // whatever else is there
 		default:
+			if letters := apart(verb, arg); letters != nil {
+				flags = append(flags, letters...)
+				continue
+			}
 			flags = append(flags, arg)
 			name, value, given := strings.Cut(arg, "=")
 			f := flagOf(verb, name)
@@ -59,6 +63,22 @@ func reorder(args []string, commands []*cli.Command) ([]string, error) {
 		}
 	}
 	return append(append(flags, "--"), plain...), nil
+}
+
+// apart returns -l and -R for -lR, if all are flags of the verb without a value;
+// else nil.
+func apart(verb *cli.Command, arg string) (flags []string) {
+	if strings.HasPrefix(arg, "--") || flagOf(verb, arg) != nil {
+		return nil
+	}
+	for _, letter := range arg[1:] {
+		flag := "-" + string(letter)
+		if _, isBool := flagOf(verb, flag).(*cli.BoolFlag); !isBool {
+			return nil
+		}
+		flags = append(flags, flag)
+	}
+	return flags
 }
 
 // flagOf returns the flag that arg names, or nil.

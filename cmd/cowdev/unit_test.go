@@ -46,6 +46,7 @@ func TestReorder(t *testing.T) {
 		{"serve --read-only BASE --export x COW", "serve --read-only --export x -- BASE COW"},
 		{"serve BASE -- --COW -x", "serve -- BASE --COW -x"},
 		{"info -", "info -- -"},
+		{"ls -lR IMAGE -Rl", "ls -l -R -R -l -- IMAGE"},
 		{"--version", "--version"},
 		{"nonsense --flag x", "nonsense --flag x"},
 	} {
@@ -55,7 +56,7 @@ func TestReorder(t *testing.T) {
 			t.Errorf("%s: %q, %v, expected %q", c.in, got, err, want)
 		}
 	}
-	for _, in := range []string{"serve BASE COW --socket", "serve --socket -- BASE COW"} {
+	for _, in := range []string{"serve BASE COW --socket", "serve --socket -- BASE COW", "ls -lx IMAGE", "merge -no BASE COW"} {
 		if _, err := reorder(append([]string{"cowdev"}, strings.Fields(in)...), commands); exitStatus(err) != exitUsage {
 			t.Errorf("%s: %v, expected a usage error", in, err)
 		}
