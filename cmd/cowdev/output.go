@@ -53,13 +53,14 @@ func (l *list) end() error {
 	return err
 }
 
-// A table prints lines of "name: value" with the values in one column.
+// A table prints lines of "name: value" with the values in one column. What does
+// not print in a value, which may be a file's name or of a store, is escaped.
 type table struct{ w *tabwriter.Writer }
 
 func newTable(w io.Writer) table { return table{tabwriter.NewWriter(w, 0, 8, 2, ' ', 0)} }
 
 func (t table) line(name, format string, args ...any) {
-	fmt.Fprintf(t.w, "%s:\t%s\n", name, fmt.Sprintf(format, args...))
+	fmt.Fprintf(t.w, "%s:\t%s\n", name, printable(fmt.Sprintf(format, args...)))
 }
 
 func (t table) end() error { return t.w.Flush() }

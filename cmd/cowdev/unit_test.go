@@ -4,6 +4,7 @@ package main
 // error has which status.
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -89,6 +90,19 @@ func TestEmptyValues(t *testing.T) {
 				}
 			}
 		}
+	}
+}
+
+// A name in a table stays in its line, and reaches no terminal as it is.
+func TestTable(t *testing.T) {
+	var out bytes.Buffer
+	table := newTable(&out)
+	table.line("base", "%s", "a\tb\nc\x1b[31m\xff \\ ü")
+	if err := table.end(); err != nil {
+		t.Fatal(err)
+	}
+	if want := `base:  a\tb\nc\x1b[31m\xff \ ü` + "\n"; out.String() != want {
+		t.Errorf("%q, expected %q", out.String(), want)
 	}
 }
 
