@@ -7,6 +7,7 @@ import (
 	"os"
 
 	"github.com/urfave/cli/v2"
+	"golang.org/x/sys/unix"
 
 	"github.com/cowdev/cowdev/exception"
 	"github.com/cowdev/cowdev/image"
@@ -19,7 +20,7 @@ func checkCommand() *cli.Command {
 		Usage:     "Look for damage in COW, and whether BASE is its base",
 		ArgsUsage: "COW [BASE]",
 		Description: "Exit status: 0 clean, 1 nothing is lost but space or safety, 6 wrong base, 8 damaged, 10 repaired.\n" +
-			"--deep also keeps the base's full digest in COW, where it was not known; with --accept-base\n" +
+			"--deep also keeps the base's full digest in COW, where it was not known and COW can be written; with --accept-base\n" +
 			"it is that of BASE as it is now.",
 		Flags: append([]cli.Flag{
 			jsonFlag,
@@ -71,7 +72,7 @@ func check(c *cli.Context) error {
 		return err
 	}
 	if basePath != "" && !harmed {
-		o.deep, o.existing, o.readOnly = c.Bool("deep"), true, !c.Bool("deep") && !o.accept
+		o.deep, o.existing, o.readOnly = c.Bool("deep"), true, !o.accept && !(c.Bool("deep") && writable(cowPath))
 		if err := checkBase(c, basePath, cowPath, o, result); err != nil {
 			return err
 		}
@@ -170,12 +171,20 @@ func (r *checkResult) fill(rep *exception.Report) {
 
 // checkBase sees whether the base is the store's.
 func checkBase(c *cli.Context, basePath, cowPath string, o viewOptions, r *checkResult) error {
-	v, err := openView(c.Context, c, basePath, cowPath, o)
+	ctx, stop := untilSignal(c)
+	defer stop()
+	v, err := openView(ctx, c, basePath, cowPath, o)
 	if err != nil {
 		return ifLocked(err, checkLocked)
 	}
 	r.Base = v.told(o)
 	return v.Close()
+}
+
+// writable reports whether the store at path may be written: the digest of its
+// base is kept where it can be, and compared anywhere.
+func writable(path string) bool {
+	return unix.Faccessat(unix.AT_FDCWD, path, unix.W_OK, unix.AT_EACCESS) == nil
 }
 
 // told says what is known of the base, which was opened with o.
