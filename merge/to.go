@@ -27,8 +27,8 @@ type View struct {
 // not exist and appears only when it is complete and durable. The view is not
 // changed.
 func To(ctx context.Context, v View, path string, o Options) error {
-	if _, err := os.Lstat(path); err == nil {
-		return fmt.Errorf("%s: %w, give a name that is free", path, fs.ErrExist)
+	if err := Free(path); err != nil {
+		return err
 	}
 	out, err := newOutput(path)
 	if err != nil {
@@ -45,6 +45,18 @@ func To(ctx context.Context, v View, path string, o Options) error {
 		return err
 	}
 	return out.appear(path)
+}
+
+// Free returns an error where something is at path already, or where nothing
+// can be.
+func Free(path string) error {
+	if _, err := os.Lstat(path); err == nil {
+		return fmt.Errorf("%s: %w, give a name that is free", path, fs.ErrExist)
+	}
+	if _, err := os.Stat(filepath.Dir(path)); err != nil {
+		return fmt.Errorf("%s: %w", path, err.(*fs.PathError).Err)
+	}
+	return nil
 }
 
 // fill makes out what the view shows.

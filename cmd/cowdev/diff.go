@@ -29,9 +29,12 @@ func diffCommand() *cli.Command {
 				return err
 			}
 			if c.Bool("files") {
+				if c.IsSet("summary") {
+					return usagef("diff: --summary is of blocks; with --files it is --stat")
+				}
 				return differ(diffFiles(c, args[0], args[1]))
 			}
-			for _, name := range []string{"all", "no-renames", "stat", "content", "tar", "partition"} {
+			for _, name := range []string{"all", "no-renames", "stat", "content", "content-limit", "tar", "partition"} {
 				if c.IsSet(name) {
 					return usagef("diff: --%s goes with --files", name)
 				}

@@ -74,6 +74,8 @@ func mergeView(c *cli.Context, basePath, cowPath string, o viewOptions) (err err
 		r.Target = absolute(output)
 	}
 	switch {
+	case dry && output != "":
+		err = merge.Free(output)
 	case dry:
 	case output != "":
 		err = v.mergeTo(ctx, c, output, plan)
@@ -169,6 +171,6 @@ func (r mergeResult) print(c *cli.Context) error {
 		verb = "would be merged into"
 	}
 	_, err := fmt.Fprintf(c.App.Writer, "%s %s: %s written and %s zeroed in %d pieces\n",
-		verb, r.Target, size(r.Stored), size(r.Zero), r.Pieces)
+		verb, printable(r.Target), size(r.Stored), size(r.Zero), r.Pieces)
 	return err
 }
