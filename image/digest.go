@@ -140,7 +140,10 @@ type digester struct {
 // leaf returns the digest of the leaf that begins at off.
 func (d *digester) leaf(ctx context.Context, off int64) (Digest, error) {
 	end := min(off+leafSize, d.base.size)
-	if err := d.run(ctx, off); err != nil {
+	if err := ctx.Err(); err != nil {
+		return Digest{}, err
+	}
+	if err := d.run(off); err != nil {
 		return Digest{}, err
 	}
 	if d.o.Progress != nil {
@@ -156,7 +159,7 @@ func (d *digester) leaf(ctx context.Context, off int64) (Digest, error) {
 	}
 	h := blake3.New()
 	for off < end {
-		if err := d.run(ctx, off); err != nil {
+		if err := d.run(off); err != nil {
 			return Digest{}, err
 		}
 		p := d.buf[:min(readSize, end-off, d.dataEnd-off)]
@@ -174,12 +177,9 @@ func (d *digester) leaf(ctx context.Context, off int64) (Digest, error) {
 }
 
 // run looks up the run of data or hole that off lies in.
-func (d *digester) run(ctx context.Context, off int64) error {
+func (d *digester) run(off int64) error {
 	if off >= d.dataFrom && off < d.dataEnd {
 		return nil
-	}
-	if err := ctx.Err(); err != nil {
-		return err
 	}
 	runs, err := d.base.Extents(off, d.base.size-off, 1)
 	if err == nil {

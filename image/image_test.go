@@ -259,6 +259,15 @@ func TestDigestEnds(t *testing.T) {
 	if _, err := b.FullDigest(ctx, FullOptions{}); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
+	// In the middle of one long run of data, too.
+	const size = 32 << 20
+	dense := open(t, write(t, size, extent{0, size}))
+	ctx, cancel = context.WithCancel(context.Background())
+	var last int64
+	_, err := dense.FullDigest(ctx, FullOptions{Progress: func(n int64) { last = n; cancel() }})
+	if !errors.Is(err, context.Canceled) || last > leafSize {
+		t.Errorf("cancelled after %d bytes of %d: %v", last, size, err)
+	}
 	boom := errors.New("boom")
 	if _, err := b.FullDigest(context.Background(), FullOptions{Wait: func(context.Context) error { return boom }}); !errors.Is(err, boom) {
 		t.Errorf("a wait that fails: %v", err)
