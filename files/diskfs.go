@@ -51,13 +51,24 @@ func (d *diskFS) Root() (File, error) {
 // it passed over come back as errors.
 func (d *diskFS) guard(call func() error) error { return guard(d.disk, call) }
 
+// meant reports whether err has a meaning of its own. Whatever else the library
+// says of bytes that could be read is that they make no sense.
+func meant(err error) bool {
+	return slices.ContainsFunc([]error{ErrDamaged, ErrUnsupported, fs.ErrNotExist}, func(e error) bool { return errors.Is(err, e) })
+}
+
 func guard(disk *storage, call func() error) (err error) {
 	defer func() {
 		if p := recover(); p != nil {
 			err = fmt.Errorf("%w: %v", ErrDamaged, p)
 		}
-		if failed := disk.failed(); failed != nil && err != nil && !errors.Is(err, failed) {
+		failed := cutShort(disk.failed())
+		switch {
+		case err == nil:
+		case failed != nil && !errors.Is(err, failed):
 			err = fmt.Errorf("%w (%w)", err, failed)
+		case failed == nil && !meant(err):
+			err = fmt.Errorf("%w: %w", ErrDamaged, err)
 		}
 	}()
 	return call()
@@ -113,7 +124,7 @@ func checkISO(r block.Reader) (label string, joliet bool, err error) {
 	for i := range int64(maxDescriptors) {
 		b := make([]byte, isoSector)
 		if _, err := r.ReadAt(b, (16+i)*isoSector); err != nil {
-			return "", false, fmt.Errorf("read volume descriptor %d: %w", i, err)
+			return "", false, fmt.Errorf("read volume descriptor %d: %w", i, cutShort(err))
 		}
 		switch b[0] {
 		case 255:
@@ -264,7 +275,10 @@ func (f *diskFile) ReadAt(p []byte, off int64) (int, error) {
 	var err error
 	if st, ok := f.info.Sys().(*iso9660.StatT); ok {
 		// A file of ISO 9660 is one run of sectors.
-		_, err = f.fs.disk.ReadAt(p[:n], int64(st.Location)*isoSector+off)
+		if _, err = f.fs.disk.ReadAt(p[:n], int64(st.Location)*isoSector+off); err != nil {
+			f.fs.disk.failed() // it is told here
+			err = cutShort(err)
+		}
 	} else {
 		err = f.fs.guard(func() error { return f.readLib(p[:n], off) })
 	}

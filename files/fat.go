@@ -151,7 +151,7 @@ func (f *fatFS) readTable(b []byte, off int64) error {
 	if f.window == nil || off < f.windowOff || off+int64(len(b)) > f.windowOff+int64(len(f.window)) {
 		window := make([]byte, min(fatWindow, f.g.tableLen-off)+int64(len(b)))
 		if _, err := f.r.ReadAt(window, f.g.table+off); err != nil {
-			return fmt.Errorf("read the FAT at %d: %w", f.g.table+off, err)
+			return fmt.Errorf("read the FAT at %d: %w", f.g.table+off, cutShort(err))
 		}
 		f.window, f.windowOff = window, off
 	}
@@ -245,7 +245,7 @@ func (f *fatFile) read(p []byte, off int64) error {
 		r := f.runs[i]
 		n := min(int64(len(p)), r.off+r.n-off)
 		if _, err := f.fs.r.ReadAt(p[:n], r.at+off-r.off); err != nil {
-			return err
+			return cutShort(err)
 		}
 		p, off = p[n:], off+n
 	}
@@ -320,7 +320,7 @@ func (f *fatFile) dirBytes() ([]byte, error) {
 	if f.isRoot && f.fs.g.bits != 32 {
 		b := make([]byte, f.fs.g.rootLen)
 		_, err := f.fs.r.ReadAt(b, f.fs.g.root)
-		return b, err
+		return b, cutShort(err)
 	}
 	if err := f.locate(maxFATDir); err != nil {
 		return nil, err

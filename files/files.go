@@ -85,6 +85,15 @@ type Attr struct {
 	Modified, Changed, Accessed, Born time.Time // zero where unknown
 }
 
+// cutShort returns the error of a read from an image, where the image's end is
+// damage: passed on it would be taken for the end of a file.
+func cutShort(err error) error {
+	if errors.Is(err, io.EOF) {
+		return fmt.Errorf("%w: it goes on behind the image's end", ErrDamaged)
+	}
+	return err
+}
+
 // checkName returns an error for a name that no file can have: it would lead
 // out of the directory it stands in.
 func checkName(name string) error {

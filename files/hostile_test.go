@@ -12,6 +12,8 @@ import (
 	"slices"
 	"testing"
 	"time"
+
+	"github.com/cowdev/cowdev/files/ext4"
 )
 
 // memImage is bytes as an image.
@@ -22,6 +24,22 @@ func (m memImage) Size() int64 { return m.Reader.Size() }
 // smallImages makes an image of every kind that can be opened, and partition
 // tables.
 func smallImages(t testing.TB) map[string][]byte {
+	t.Helper()
+	images := smallFileSystems(t)
+	for _, label := range []string{"gpt", "dos"} {
+		disk := blank(t, 4<<20)
+		run(t, "sh", "-c", "PATH=$PATH:/sbin:/usr/sbin; printf 'label: "+label+"\\nsize=1M\\n' | sfdisk -q "+disk)
+		b, err := os.ReadFile(disk)
+		if err != nil {
+			t.Fatal(err)
+		}
+		images[label] = b
+	}
+	return images
+}
+
+// smallFileSystems makes an image of every kind of file system.
+func smallFileSystems(t testing.TB) map[string][]byte {
 	t.Helper()
 	dir := plainTree(t, rand.New(rand.NewPCG(9, 9)), 20)
 	images := map[string][]byte{}
@@ -51,12 +69,53 @@ func smallImages(t testing.TB) map[string][]byte {
 	ext := blank(t, 2<<20)
 	run(t, "mke2fs", "-q", "-F", "-t", "ext4", "-d", dir, ext)
 	take("ext4", ext)
-	for _, label := range []string{"gpt", "dos"} {
-		disk := blank(t, 4<<20)
-		run(t, "sh", "-c", "PATH=$PATH:/sbin:/usr/sbin; printf 'label: "+label+"\\nsize=1M\\n' | sfdisk -q "+disk)
-		take(label, disk)
-	}
 	return images
+}
+
+// readFiles reads every file of an image whole, as cat does.
+func readFiles(image []byte, each func(name string, content []byte, err error)) error {
+	fsys, err := Open(memImage{bytes.NewReader(image)})
+	if err != nil {
+		return err
+	}
+	root, err := fsys.Root()
+	if err != nil {
+		return err
+	}
+	return Walk("/", root, func(name string, f File) error {
+		if f.Attr().Mode.IsRegular() {
+			b, err := io.ReadAll(io.NewSectionReader(f, 0, f.Attr().Size))
+			each(name, b, err)
+		}
+		return nil
+	})
+}
+
+// An image that was cut short gives a file whole, or says that it is damaged;
+// its end is not taken for the file's.
+func TestCutShort(t *testing.T) {
+	for kind, image := range smallFileSystems(t) {
+		whole := map[string][]byte{}
+		if err := readFiles(image, func(name string, b []byte, _ error) { whole[name] = b }); err != nil {
+			t.Fatal(err)
+		}
+		for i := range 64 {
+			damaged := func(err error) bool {
+				return errors.Is(err, ErrDamaged) || errors.Is(err, ext4.ErrCorrupt)
+			}
+			err := readFiles(image[:len(image)*i/64], func(name string, b []byte, err error) {
+				switch {
+				case err != nil && !damaged(err):
+					t.Errorf("%s, %d/64 of it: %s: %v", kind, i, name, err)
+				case err == nil && !bytes.Equal(b, whole[name]):
+					t.Errorf("%s, %d/64 of it: %s: %d bytes that are not those of the file, which has %d", kind, i, name, len(b), len(whole[name]))
+				}
+			})
+			if err != nil && !damaged(err) && !errors.Is(err, ErrNoFS) {
+				t.Errorf("%s, %d/64 of it: %v", kind, i, err)
+			}
+		}
+	}
 }
 
 // explore does everything with an image that a verb would, a bounded part of

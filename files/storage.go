@@ -1,7 +1,6 @@
 package files
 
 import (
-	"errors"
 	"io"
 	"io/fs"
 	"os"
@@ -51,9 +50,6 @@ func (s *storage) failed() error {
 	defer s.mu.Unlock()
 	err := s.err
 	s.err = nil
-	if errors.Is(err, io.EOF) {
-		err = io.ErrUnexpectedEOF
-	}
 	return err
 }
 

@@ -22,7 +22,10 @@ func catCommand() *cli.Command {
 				return err
 			}
 			return withFile(c, args[0], args[1], true, func(_ *lookView, f files.File) error {
-				_, err := io.Copy(c.App.Writer, io.NewSectionReader(f, 0, f.Attr().Size))
+				n, err := io.Copy(c.App.Writer, io.NewSectionReader(f, 0, f.Attr().Size))
+				if err == nil && n < f.Attr().Size {
+					err = fmt.Errorf("%w: it ends after %d bytes of %d", files.ErrDamaged, n, f.Attr().Size)
+				}
 				if a := f.Attr(); err == nil && !a.Mode.IsRegular() {
 					err = fmt.Errorf("a %s, expected a regular file: %w", files.TypeName(a.Mode), files.ErrUnsupported)
 				}
