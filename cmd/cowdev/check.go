@@ -202,8 +202,17 @@ func (v *view) told(o viewOptions) string {
 		return "half merged; of the sample, what the store does not hold is as it was"
 	case v.store.Header().State == exception.Merging:
 		return "half merged; not compared"
-	case id.Full != nil && o.deep:
+	case id.Full != nil && v.compared:
 		return "all of it is as it was"
+	case id.Full != nil && o.deep:
+		parts, kept := "size and time", "that of now is kept"
+		if sampled {
+			parts = "size, time and sample"
+		}
+		if v.store.ReadOnly() {
+			kept = "nor can that of now be kept"
+		}
+		return fmt.Sprintf("%s are as they were; no digest of all of it was known, %s", parts, kept)
 	case id.Full != nil:
 		return "size, time and sample are as they were; the digest of all of it is known"
 	case sampled:

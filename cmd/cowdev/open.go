@@ -74,6 +74,7 @@ type view struct {
 	store    *exception.Store
 	device   *cow.Device
 	identity image.Identity
+	compared bool // all of the base, with the digest that the store had
 	made     bool // the store was made just now
 }
 
@@ -374,6 +375,7 @@ func (v *view) recognise(ctx context.Context, c *cli.Context, cowPath string, o 
 	if err != nil {
 		return fmt.Errorf("%w (store %s)", err, cowPath)
 	}
+	v.compared = o.deep && was.Full != nil
 	if h.State == exception.Merging {
 		if !o.writable {
 			warn(c, "%s", halfMerged(v.base.Path(), cowPath))
