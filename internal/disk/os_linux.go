@@ -36,6 +36,11 @@ var _ File = (*OS)(nil)
 func OpenOS(path string, flags int) (*OS, error) {
 	// O_NONBLOCK: opening a pipe must not wait for its other end.
 	f, err := os.OpenFile(path, flags|unix.O_NONBLOCK, 0o666)
+	if errors.Is(err, unix.ENXIO) {
+		if info, statErr := os.Stat(path); statErr == nil && info.Mode()&fs.ModeSocket != 0 {
+			return nil, fmt.Errorf("%s is a socket: %w", path, ErrKind)
+		}
+	}
 	if err != nil {
 		return nil, unwrapPath(path, err)
 	}
