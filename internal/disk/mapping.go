@@ -40,6 +40,7 @@ type Mapping struct {
 	bitmap []byte // the memory of proven
 
 	asks     bool // the kernel tells us what is in memory
+	grows    bool // a page that only a read has seen may need room, on a tmpfs
 	forgets  atomic.Bool
 	mu       sync.Mutex // held while proven is cleared
 	timer    *time.Timer
@@ -77,6 +78,8 @@ func NewMapping(f *os.File, size int64) (*Mapping, error) {
 	m.timer = time.AfterFunc(time.Hour, m.forget)
 	m.timer.Stop()
 	m.asks = m.tells(pages - 1)
+	var fs unix.Statfs_t
+	m.grows = unix.Fstatfs(int(f.Fd()), &fs) == nil && fs.Type == unix.TMPFS_MAGIC
 	return m, nil
 }
 
@@ -108,8 +111,13 @@ func (m *Mapping) Prefetch(off, n int64) error {
 
 // Prove says that [off, off+n) was just read from the file without an error.
 // It counts for the pages that lie in the range wholly, and for the last one
-// of the mapping if the range reaches its end.
+// of the mapping if the range reaches its end. Of a tmpfs it proves nothing: a
+// read sees the zeros of a hole, and a touch makes a page of it, for which there
+// may be no room.
 func (m *Mapping) Prove(off, n int64) {
+	if m.grows {
+		return
+	}
 	n = min(n, m.size-off)
 	first, end := (off+pageSize-1)>>pageShift, (off+n)>>pageShift
 	if off+n == m.size {

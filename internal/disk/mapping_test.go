@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"sync"
 	"testing"
+
+	"golang.org/x/sys/unix"
 )
 
 // mapTest maps a file of n random bytes by a mapping of size bytes.
@@ -67,7 +69,7 @@ func TestViewFollowsTheFile(t *testing.T) {
 func TestProof(t *testing.T) {
 	const n = 100*pageSize + 10
 	m, _, _ := mapTest(t, n, n)
-	m.asks = false
+	m.asks, m.grows = false, false
 	viewable := func(off, n int64) bool { _, ok := m.View(nil, off, n); return ok }
 
 	if viewable(0, 1) {
@@ -97,6 +99,36 @@ func TestProof(t *testing.T) {
 	m.forget()
 	if viewable(pageSize, 1) {
 		t.Error("viewable after the proofs were forgotten")
+	}
+}
+
+// TestHolesOfTmpfs: a read proves nothing of a hole in a tmpfs, of which a touch
+// makes a page. Where there is no room for it that is a fault.
+func TestHolesOfTmpfs(t *testing.T) {
+	f, err := os.CreateTemp("/dev/shm", "cowdev-*")
+	if err != nil {
+		t.Skipf("a tmpfs: %v", err)
+	}
+	defer f.Close()
+	defer os.Remove(f.Name())
+	var fs unix.Statfs_t
+	if err := unix.Fstatfs(int(f.Fd()), &fs); err != nil || fs.Type != unix.TMPFS_MAGIC {
+		t.Skip("/dev/shm is no tmpfs")
+	}
+	if _, err := f.WriteAt(make([]byte, pageSize), 2*pageSize); err != nil {
+		t.Fatal(err)
+	}
+	m, err := NewMapping(f, 3*pageSize)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	m.Prove(0, 3*pageSize)
+	if _, ok := m.View(nil, 0, pageSize); ok {
+		t.Error("a hole is viewable")
+	}
+	if _, ok := m.View(nil, 2*pageSize, pageSize); !ok && m.asks {
+		t.Error("a page that is there is not viewable")
 	}
 }
 
