@@ -285,7 +285,9 @@ func (w *waiter) again(err error) bool {
 		if !d.full.Swap(true) {
 			d.opts.Log("%v; %s", err, d.policy())
 		}
-		return d.store.Flush() == nil
+		if err := d.store.Flush(); !errors.Is(err, exception.ErrFull) {
+			return err == nil
+		} // else there is no room to begin the session, for which it may wait
 	}
 	if d.opts.Park == 0 {
 		return false

@@ -48,7 +48,7 @@ func (s *Store) Flush() error {
 		return nil
 	}
 	if !s.started.Load() {
-		if s.Header().Clean {
+		if s.shape.Clean {
 			return nil // nothing was written since it was closed
 		}
 		if err := s.begin(); err != nil {

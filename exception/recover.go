@@ -8,6 +8,7 @@ import (
 	"slices"
 
 	"github.com/cowdev/cowdev/block"
+	"github.com/cowdev/cowdev/internal/disk"
 )
 
 // overlay is the inline data of a log that recovery has yet to put in place:
@@ -74,14 +75,16 @@ func (s *Store) begin() error {
 	if s.opts.ReadOnly || s.shape.State == Frozen {
 		return ErrReadOnly
 	}
+	if err := s.giveRoom(); err != nil {
+		return noRoom(err)
+	}
+	if err := s.getReady(); err != nil {
+		return err
+	}
 	if !s.shape.Clean {
 		if err := s.recover(); err != nil {
 			return err
 		}
-	} else if err := s.sync(); err != nil { // the superblocks themselves may be a dead process's (R13)
-		return err
-	} else if err := s.findBelieved(); err != nil {
-		return err
 	}
 	var r [8]byte
 	rand.Read(r[:])
@@ -134,20 +137,88 @@ func (s *Store) punchLeftovers(size int64) {
 	}
 }
 
+// getReady does, once, what comes before the first write of a superblock. The
+// caller holds beginMu.
+func (s *Store) getReady() error {
+	if s.ready {
+		return nil
+	}
+	for _, at := range []int64{superA, superB} {
+		if err := s.fillHoles(at, at+pageSize, false); err != nil {
+			return noRoom(err)
+		}
+	}
+	if s.shape.Clean { // else distrust chose a superblock, and recover syncs
+		if err := s.sync(); err != nil { // the superblocks themselves may be a dead process's (R13)
+			return err
+		}
+		if err := s.findBelieved(); err != nil {
+			return err
+		}
+	}
+	s.ready = true
+	return nil
+}
+
+// giveRoom gives their room to the log's first step and the table's pages, where
+// they are holes in part, as getReady to the superblocks: a sparse copy makes
+// holes of zeros. All reads as before. So whoever writes over them needs none
+// (R18), and a full disk is met here, where it harms nothing.
+func (s *Store) giveRoom() error {
+	log := s.shape.logOff()
+	if err := s.fillHoles(log, log+s.shape.step(), false); err != nil {
+		return err
+	}
+	// A page that is nothing but a hole gets its room with its first entry.
+	return s.fillHoles(tableOff, tableOff+s.shape.tableLen(), true)
+}
+
+func noRoom(err error) error {
+	return fmt.Errorf("room for what a session writes over: %w", err)
+}
+
+// fillHoles writes zeros where [from, to) is a hole; in part leaves out the pages
+// that are holes from beginning to end.
+func (s *Store) fillHoles(from, to int64, inPart bool) error {
+	for off := from; off < to; {
+		data, err := s.file.NextData(off)
+		if err != nil {
+			return err
+		}
+		data = min(data, to)
+		holes := [][2]int64{{off, data}}
+		if inPart {
+			head := min(roundUp(off, pageSize), data)
+			holes = [][2]int64{{off, head}, {max(head, data/pageSize*pageSize), data}}
+		}
+		for _, h := range holes {
+			if err := fill(s.file, h[0], h[1]-h[0]); err != nil {
+				return err
+			}
+		}
+		if off, err = nextHole(s.file, data); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// nextHole returns where a hole may begin at or after off, which is data.
+func nextHole(f disk.File, off int64) (int64, error) {
+	if h, ok := f.(interface {
+		NextHole(off int64) (int64, error)
+	}); ok {
+		return h.NextHole(off)
+	}
+	return off/pageSize*pageSize + pageSize, nil
+}
+
 // writtenLog returns how far from its beginning the log has its room: what a
 // session begins with. The log is empty.
 func (s *Store) writtenLog() (int64, error) {
 	off, n := s.shape.logOff(), s.shape.step()
-	whole := s.shape.Clean // a crash may have taken some of it back, as a sparse copy does
-	for at := off; whole && at < off+n; at += pageSize {
-		next, err := s.file.NextData(at)
-		if err != nil {
-			return 0, fmt.Errorf("look for data in the log: %w", err)
-		}
-		whole = next == at
-	}
-	if whole {
-		return n, nil
+	if s.shape.Clean {
+		return n, nil // giveRoom saw to it
 	}
 	return n, fill(s.file, off, n)
 }

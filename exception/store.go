@@ -173,6 +173,7 @@ type Store struct {
 	replayed atomic.Pointer[overlay] // inline data that recovery has still to put in place
 
 	beginMu sync.Mutex  // the session's start: recovery, a new epoch
+	ready   bool        // it may write
 	started atomic.Bool // it is done
 
 	believed int64 // the offset of the superblock that Open took
@@ -317,6 +318,12 @@ func (s *Store) changeSuper(change func(*Header)) error {
 	}
 	if s.broken.Load() != nil {
 		return ErrBroken
+	}
+	s.beginMu.Lock()
+	err := s.getReady()
+	s.beginMu.Unlock()
+	if err != nil {
+		return err
 	}
 	return s.writeSuper(change)
 }

@@ -45,8 +45,8 @@ var mutants = []mutant{
 	{
 		name: "torn-punch-believed", breaks: "R18: the log's room is taken for whole though a close gave it back",
 		file: "exception/recover.go", mode: crowd,
-		old: "\tif whole {\n\t\treturn n, nil",
-		new: "\tif whole {\n\t\treturn s.shape.logLen, nil",
+		old: "\tif s.shape.Clean {\n\t\treturn n, nil",
+		new: "\tif s.shape.Clean {\n\t\treturn s.shape.logLen, nil",
 	},
 	{
 		name: "mapping-before-data", breaks: "2: records the mapping of data that is not durable",
@@ -189,8 +189,8 @@ var mutants = []mutant{
 	{
 		name: "clean-open-believes-the-cache", breaks: "R13: a clean store's superblock may be in the page cache alone",
 		file: "exception/recover.go", mode: each,
-		old: "} else if err := s.sync(); err != nil { //",
-		new: "} else if err := error(nil); err != nil { //",
+		old: "if err := s.sync(); err != nil { // the superblocks",
+		new: "if err := error(nil); err != nil { // the superblocks",
 	},
 	{
 		name: "no-barrier", breaks: "R6: replay puts inline data over newer data in place",
@@ -249,8 +249,8 @@ var mutants = []mutant{
 	{
 		name: "good-superblock-from-cache", breaks: "R16, R26: the good superblock is chosen from the cache, after a failed sync without a word",
 		file: "exception/recover.go", mode: found,
-		old: "} else if err := s.findBelieved(); err != nil {",
-		new: "} else if err := error(nil); err != nil {",
+		old: "if err := s.findBelieved(); err != nil {",
+		new: "if err := error(nil); err != nil {",
 	},
 	{
 		name: "half-read-is-good", breaks: "9: a block that could be read in part is committed with zeros",

@@ -216,6 +216,50 @@ func TestFullDisk(t *testing.T) {
 	c.check()
 }
 
+// TestFullDiskSparseCopy serves, on a full disk, a copy of a store in which
+// zeros of its superblocks, log and table became holes: what needs room is
+// answered ENOSPC or waits, and the store is not broken by what the session
+// itself writes.
+func TestFullDiskSparseCopy(t *testing.T) {
+	for _, policy := range []string{"enospc", "park"} {
+		t.Run(policy, func(t *testing.T) {
+			c := newFullCase(t, "--on-full="+policy)
+			c.mustWrite(0, 1<<20)
+			c.mustFlush()
+			if err := c.server.close(); err != nil {
+				t.Fatal(err)
+			}
+			twin := filepath.Join(c.dir, "twin")
+			copyTo(t, twin, c.store)
+			c.store = twin
+			ballast := fill(t, c.dir)
+			c.start()
+			c.compare(0, 0)
+			if policy == "park" {
+				time.AfterFunc(200*time.Millisecond, func() { os.Remove(ballast) })
+				c.mustWrite(0, blockSize)
+			} else {
+				if err := c.write(0, blockSize); !errors.Is(err, syscall.ENOSPC) {
+					t.Fatalf("write without room: %v, expected ENOSPC", err)
+				}
+				c.mustFlush() // of nothing
+				if err := os.Remove(ballast); err != nil {
+					t.Fatal(err)
+				}
+			}
+			for off := int64(0); off < 2<<20; off += 1 << 18 {
+				c.mustWrite(off, blockSize)
+			}
+			c.mustFlush()
+			c.compare(0, 0)
+			if err := c.server.close(); err != nil {
+				t.Fatal(err)
+			}
+			c.check()
+		})
+	}
+}
+
 // check runs `cowdev check`.
 func (c *fullCase) check() {
 	c.t.Helper()
