@@ -107,8 +107,12 @@ func (d *Device) Full() bool { return d.full.Load() }
 // Parked returns the number of writes that wait for room.
 func (d *Device) Parked() int { return int(d.parked.Load()) }
 
+// Parks reports whether a change may come to wait for room. WriteBatch leaves
+// one that would.
+func (d *Device) Parks() bool { return d.opts.Park != 0 }
+
 // MayBlock reports whether a change may wait longer than the disk needs.
-func (d *Device) MayBlock() bool { return d.opts.Park != 0 && d.full.Load() }
+func (d *Device) MayBlock() bool { return d.Parks() && d.full.Load() }
 
 // Release lets the writes that wait for room go, with ENOSPC. New ones do not
 // wait.

@@ -12,7 +12,10 @@ import (
 )
 
 // WriteAt implements block.Device.
-func (d *Device) WriteAt(p []byte, off int64) (int, error) {
+func (d *Device) WriteAt(p []byte, off int64) (int, error) { return d.writeAt(p, off, d.opts.Park) }
+
+// writeAt is WriteAt that waits for room as long as park says.
+func (d *Device) writeAt(p []byte, off int64, park time.Duration) (int, error) {
 	if err := d.mayChange(off, int64(len(p))); err != nil {
 		return 0, err
 	}
@@ -20,7 +23,7 @@ func (d *Device) WriteAt(p []byte, off int64) (int, error) {
 		s := d.SpanAt(off+pos, int64(len(p))-pos, pos)
 		part := p[pos : pos+int64(s.N)]
 		err := d.writeSpan(s.Chunk, s.Off, part, !d.opts.KeepZeroes)
-		for full := (waiter{d: d}); err != nil && full.again(err); {
+		for full := (waiter{d: d, park: park}); err != nil && full.again(err); {
 			err = d.writeSpan(s.Chunk, s.Off, part, !d.opts.KeepZeroes)
 		}
 		if err != nil {
@@ -89,12 +92,16 @@ func (d *Device) writeGathered(g *gatherer) {
 	g.putOff = g.putOff[:0]
 }
 
+// writeAlone does w, unless it would have to wait for room.
 func (d *Device) writeAlone(w *block.Write) {
 	if d.MayBlock() {
 		w.Err = block.ErrAlone
 		return
 	}
-	_, w.Err = d.WriteAt(w.Data, w.Off)
+	_, w.Err = d.writeAt(w.Data, w.Off, 0)
+	if d.Parks() && errors.Is(w.Err, exception.ErrFull) {
+		w.Err = block.ErrAlone
+	}
 }
 
 // roomAgain ends the device counting as full, once the store has grown since.
@@ -216,7 +223,7 @@ func (d *Device) zero(off, n int64, store bool) error {
 	for pos := int64(0); pos < n; {
 		s := d.SpanAt(off+pos, n-pos, pos)
 		err := d.zeroSpan(s, store)
-		for full := (waiter{d: d}); err != nil && full.again(err); {
+		for full := (waiter{d: d, park: d.opts.Park}); err != nil && full.again(err); {
 			err = d.zeroSpan(s, store)
 		}
 		if err != nil {
@@ -263,6 +270,7 @@ func (d *Device) zeroBlocksOf(c block.Chunk, m block.Mask) error {
 // waiter is one change's patience with a full store. It holds nothing (R23).
 type waiter struct {
 	d         *Device
+	park      time.Duration // as Options.Park
 	harvested bool
 	parked    bool
 	until     time.Time
@@ -289,14 +297,14 @@ func (w *waiter) again(err error) bool {
 			return err == nil
 		} // else there is no room to begin the session, for which it may wait
 	}
-	if d.opts.Park == 0 {
+	if w.park == 0 {
 		return false
 	}
 	if !w.parked {
 		w.parked = true
-		w.until = time.Now().Add(d.opts.Park)
+		w.until = time.Now().Add(w.park)
 	}
-	if d.opts.Park > 0 && time.Now().After(w.until) {
+	if w.park > 0 && time.Now().After(w.until) {
 		return false
 	}
 	d.parked.Add(1)

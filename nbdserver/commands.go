@@ -127,17 +127,26 @@ func (c *conn) readCopied(r *request) error {
 
 // write does a WRITE, whose payload comes next.
 func (c *conn) write(r *request) error {
+	long := r.n > maxInlineWrite
 	switch {
-	case c.mayBlock() && r.n > 0 && r.n <= maxBuffered:
+	case (c.mayBlock() || c.parks && long) && r.n > 0 && r.n <= maxBuffered:
 		return c.writeLater(r)
-	case r.n > maxInlineWrite:
+	case long:
 		return c.writePieces(r)
 	}
 	if err := c.enter(); err != nil {
 		return err
 	}
-	_, err := c.export.Device.WriteAt(c.in.take(int(r.n)), r.off)
-	return c.changed(r, err)
+	payload := c.in.take(int(r.n))
+	if !c.parks {
+		_, err := c.export.Device.WriteAt(payload, r.off)
+		return c.changed(r, err)
+	}
+	w := []block.Write{{Data: payload, Off: r.off}}
+	if c.batched.WriteBatch(w); w[0].Err == block.ErrAlone {
+		return c.startWrite(r, payload)
+	}
+	return c.changed(r, w[0].Err)
 }
 
 // writeLater gives a WRITE with a copy of its payload to a worker.
@@ -187,7 +196,7 @@ func (c *conn) writePieces(r *request) error {
 
 // zero does a TRIM or WRITE_ZEROES.
 func (c *conn) zero(r *request) error {
-	if r.n > maxInlineZero || r.flags&nbd.CmdFlagNoHole != 0 || c.mayBlock() {
+	if r.n > maxInlineZero || r.flags&nbd.CmdFlagNoHole != 0 || c.parks || c.mayBlock() {
 		return c.start(newJob(c, r), 0)
 	}
 	if err := c.enter(); err != nil {

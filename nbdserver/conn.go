@@ -57,6 +57,7 @@ type conn struct {
 	viewed bool          // view was asked since the last done
 
 	batched  block.BatchWriter // the device, if it is one
+	parks    bool              // it may come to keep a change waiting; WriteBatch does not
 	gathered *gatherer         // WRITEs that were put off; nil if there are none
 	ebb      ebb               // of WRITEs
 	cold     *coldGroup        // READs that were put off; nil if there are none
@@ -168,6 +169,9 @@ func (c *conn) transmission(agreed session) error {
 		defer c.view.Close()
 	}
 	c.batched, _ = agreed.export.Device.(block.BatchWriter)
+	if d, ok := c.batched.(interface{ Parks() bool }); ok {
+		c.parks = d.Parks()
+	}
 	c.transmitting.Store(true)
 	if c.stopping.Load() {
 		c.stop()

@@ -75,7 +75,7 @@ func (c *conn) settle() error {
 // batch.
 func (c *conn) writeTogether(requests []request, writes []block.Write) error {
 	err := c.enter()
-	if err == nil && len(writes) == 1 {
+	if err == nil && len(writes) == 1 && !c.parks {
 		w := &writes[0]
 		_, w.Err = c.export.Device.WriteAt(w.Data, w.Off)
 	} else if err == nil {

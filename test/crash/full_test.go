@@ -14,6 +14,9 @@ import (
 	"syscall"
 	"testing"
 	"time"
+
+	"github.com/cowdev/cowdev/internal/nbd"
+	"github.com/cowdev/cowdev/internal/nbdclient"
 )
 
 const blockSize = 4096
@@ -347,6 +350,56 @@ func TestFullDiskPark(t *testing.T) {
 		t.Fatal(err)
 	}
 	c.check()
+}
+
+// TestFullDiskParkBesideReads: a write that finds no room holds up nothing that
+// its own connection sends after it, be it the first that finds none, and sent
+// alone or with others.
+func TestFullDiskParkBesideReads(t *testing.T) {
+	for _, n := range []int{blockSize, 32 << 10, 1 << 20} {
+		t.Run(strconv.Itoa(n), func(t *testing.T) {
+			c := newFullCase(t, "--on-full=park")
+			c.mustWrite(0, 1<<20)
+			ballast := fill(t, c.dir)
+			sent := make(chan error, 1)
+			go func() {
+				var err error
+				for off := 16 << 20; err == nil && !strings.Contains(c.server.stderr(), "full"); off += n {
+					_, err = c.dev.c.Request(nbdclient.Request{Type: nbd.CmdWrite, Offset: uint64(off), Payload: bytes.Repeat([]byte{1}, n)})
+					time.Sleep(time.Millisecond)
+				}
+				sent <- err
+			}()
+			waitFor(t, "word of a full store", func() bool { return strings.Contains(c.server.stderr(), "full") })
+			if err := <-sent; err != nil {
+				t.Fatal(err)
+			}
+			read, err := c.dev.c.Request(nbdclient.Request{Type: nbd.CmdRead, Length: blockSize})
+			if err != nil {
+				t.Fatal(err)
+			}
+			answered := make(chan error, 1)
+			go func() {
+				for {
+					if m, err := c.dev.c.Receive(); err != nil || m.Cookie == read {
+						answered <- err
+						return
+					}
+				}
+			}()
+			select {
+			case err := <-answered:
+				if err != nil {
+					t.Fatal(err)
+				}
+			case <-time.After(patience / 6):
+				t.Error("the read waits for room")
+			}
+			if err := os.Remove(ballast); err != nil {
+				t.Fatal(err)
+			}
+		})
+	}
 }
 
 // TestFullDiskParkStops: a parked write does not hold up the end of the server.
