@@ -76,7 +76,7 @@ func (s *Store) begin() error {
 		return ErrReadOnly
 	}
 	if err := s.giveRoom(); err != nil {
-		return noRoom(err)
+		return err
 	}
 	if err := s.getReady(); err != nil {
 		return err
@@ -144,8 +144,8 @@ func (s *Store) getReady() error {
 		return nil
 	}
 	for _, at := range []int64{superA, superB} {
-		if err := s.fillHoles(at, at+pageSize, false); err != nil {
-			return noRoom(err)
+		if err := s.own(at, at+pageSize, false); err != nil {
+			return err
 		}
 	}
 	if s.shape.Clean { // else distrust chose a superblock, and recover syncs
@@ -160,26 +160,30 @@ func (s *Store) getReady() error {
 	return nil
 }
 
-// giveRoom gives their room to the log's first step and the table's pages, where
-// they are holes in part, as getReady to the superblocks: a sparse copy makes
-// holes of zeros. All reads as before. So whoever writes over them needs none
-// (R18), and a full disk is met here, where it harms nothing.
+// giveRoom gives their room to the log's first step and the table's pages, as
+// getReady to the superblocks: a sparse copy made holes of zeros, and one by
+// reflink shares its blocks with its original. All reads as before. So whoever
+// writes over them needs none (R18), and a full disk is met here, where it
+// harms nothing.
 func (s *Store) giveRoom() error {
 	log := s.shape.logOff()
-	if err := s.fillHoles(log, log+s.shape.step(), false); err != nil {
+	if err := s.own(log, log+s.shape.step(), false); err != nil {
 		return err
 	}
 	// A page that is nothing but a hole gets its room with its first entry.
-	return s.fillHoles(tableOff, tableOff+s.shape.tableLen(), true)
+	return s.own(tableOff, tableOff+s.shape.tableLen(), true)
 }
 
-func noRoom(err error) error {
-	return fmt.Errorf("room for what a session writes over: %w", err)
+// own sees to it that writing over [from, to) needs no room, or, if pages is set,
+// over those pages of it that are no holes.
+func (s *Store) own(from, to int64, pages bool) error {
+	if err := s.fillHoles(from, to, pages); err != nil {
+		return fmt.Errorf("room for what a session writes over: %w", fullError(err))
+	}
+	return nil
 }
 
-// fillHoles writes zeros where [from, to) is a hole; in part leaves out the pages
-// that are holes from beginning to end.
-func (s *Store) fillHoles(from, to int64, inPart bool) error {
+func (s *Store) fillHoles(from, to int64, pages bool) error {
 	for off := from; off < to; {
 		data, err := s.file.NextData(off)
 		if err != nil {
@@ -187,7 +191,7 @@ func (s *Store) fillHoles(from, to int64, inPart bool) error {
 		}
 		data = min(data, to)
 		holes := [][2]int64{{off, data}}
-		if inPart {
+		if pages {
 			head := min(roundUp(off, pageSize), data)
 			holes = [][2]int64{{off, head}, {max(head, data/pageSize*pageSize), data}}
 		}
@@ -197,6 +201,9 @@ func (s *Store) fillHoles(from, to int64, inPart bool) error {
 			}
 		}
 		if off, err = nextHole(s.file, data); err != nil {
+			return err
+		}
+		if err := unshare(s.file, data, min(off, to)-data); err != nil {
 			return err
 		}
 	}
@@ -211,6 +218,14 @@ func nextHole(f disk.File, off int64) (int64, error) {
 		return h.NextHole(off)
 	}
 	return off/pageSize*pageSize + pageSize, nil
+}
+
+// unshare gives f blocks of its own for n bytes of data at off.
+func unshare(f disk.File, off, n int64) error {
+	if u, ok := f.(interface{ Unshare(off, n int64) error }); ok {
+		return u.Unshare(off, n)
+	}
+	return nil
 }
 
 // writtenLog returns how far from its beginning the log has its room: what a

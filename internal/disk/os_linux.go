@@ -264,6 +264,24 @@ func (o *OS) Share(off int64, from File, at, n int64) error {
 	})
 }
 
+// Unshare gives [off, off+n), which is data, blocks of its own where the file
+// has them in common with another, so that writing over it needs no room.
+// Where the filesystem cannot be asked for that it does nothing.
+func (o *OS) Unshare(off, n int64) error {
+	if o.device || n <= 0 {
+		return nil
+	}
+	const mode = unix.FALLOC_FL_UNSHARE_RANGE | unix.FALLOC_FL_KEEP_SIZE
+	err := retry(func() error { return unix.Fallocate(o.fd, mode, off, n) })
+	if err == unix.EOPNOTSUPP || err == unix.ENOSYS || err == unix.EINVAL {
+		return nil
+	}
+	if err != nil {
+		return o.fail("unshare", off, err)
+	}
+	return nil
+}
+
 // PunchHole implements File. On a block device the range is zeroed, never
 // discarded: what a discarded range reads as is the device's affair.
 func (o *OS) PunchHole(off, n int64) error {

@@ -220,47 +220,78 @@ func TestFullDisk(t *testing.T) {
 }
 
 // TestFullDiskSparseCopy serves, on a full disk, a copy of a store in which
-// zeros of its superblocks, log and table became holes: what needs room is
-// answered ENOSPC or waits, and the store is not broken by what the session
-// itself writes.
+// zeros of its superblocks, log and table became holes.
 func TestFullDiskSparseCopy(t *testing.T) {
 	for _, policy := range []string{"enospc", "park"} {
 		t.Run(policy, func(t *testing.T) {
-			c := newFullCase(t, "--on-full="+policy)
-			c.mustWrite(0, 1<<20)
-			c.mustFlush()
-			if err := c.server.close(); err != nil {
-				t.Fatal(err)
-			}
-			twin := filepath.Join(c.dir, "twin")
-			copyTo(t, twin, c.store)
-			c.store = twin
-			ballast := fill(t, c.dir)
-			c.start()
-			c.compare(0, 0)
-			if policy == "park" {
-				time.AfterFunc(200*time.Millisecond, func() { os.Remove(ballast) })
-				c.mustWrite(0, blockSize)
-			} else {
-				if err := c.write(0, blockSize); !errors.Is(err, syscall.ENOSPC) {
-					t.Fatalf("write without room: %v, expected ENOSPC", err)
-				}
-				c.mustFlush() // of nothing
-				if err := os.Remove(ballast); err != nil {
-					t.Fatal(err)
-				}
-			}
-			for off := int64(0); off < 2<<20; off += 1 << 18 {
-				c.mustWrite(off, blockSize)
-			}
-			c.mustFlush()
-			c.compare(0, 0)
-			if err := c.server.close(); err != nil {
-				t.Fatal(err)
-			}
-			c.check()
+			newFullCase(t, "--on-full="+policy).serveCopy("--sparse=always", policy)
 		})
 	}
+}
+
+// TestFullDiskReflinkCopy serves, on a full disk, a copy of a store that shares
+// all of its blocks with it.
+func TestFullDiskReflinkCopy(t *testing.T) {
+	for _, policy := range []string{"enospc", "park"} {
+		t.Run(policy, func(t *testing.T) {
+			c := newFullCaseOn(t, newDisk(t, 320<<20, "mkfs.xfs", "-q", "-m", "reflink=1"), "--on-full="+policy)
+			c.serveCopy("--reflink=always", policy)
+		})
+	}
+}
+
+// serveCopy fills the disk and goes on with a copy of the store: what needs room
+// is answered ENOSPC or waits, and the store is not broken by what the session
+// itself writes.
+func (c *fullCase) serveCopy(how, policy string) {
+	t := c.t
+	t.Helper()
+	c.mustWrite(0, 1<<20)
+	c.mustFlush()
+	if err := c.server.close(); err != nil {
+		t.Fatal(err)
+	}
+	twin := filepath.Join(c.dir, "twin")
+	if out, err := command(patience, "cp", how, c.store, twin); err != nil {
+		t.Fatalf("%v: %s", err, out)
+	}
+	c.store = twin
+	ballast := fill(t, c.dir)
+	c.start()
+	c.compare(0, 0)
+	if policy == "park" {
+		time.AfterFunc(200*time.Millisecond, func() { os.Remove(ballast) })
+		c.mustWrite(0, blockSize)
+	} else {
+		if err := c.write(0, blockSize); !errors.Is(err, syscall.ENOSPC) {
+			t.Fatalf("write without room: %v, expected ENOSPC", err)
+		}
+		c.mustFlush() // of nothing
+		if err := os.Remove(ballast); err != nil {
+			t.Fatal(err)
+		}
+		waitFor(t, "room", func() bool { return c.write(0, blockSize) == nil }) // XFS gives it back later
+	}
+	for off := int64(0); off < 2<<20; off += 1 << 18 {
+		c.mustWrite(off, blockSize)
+	}
+	c.mustFlush()
+	// Full again in the middle of the session: what it writes over is its own.
+	ballast = fill(t, c.dir)
+	for i := range int64(100) {
+		if err := c.write(3<<18, blockSize); err != nil {
+			t.Fatalf("overwrite %d: %v", i, err)
+		}
+		c.mustFlush()
+	}
+	if err := os.Remove(ballast); err != nil {
+		t.Fatal(err)
+	}
+	c.compare(0, 0)
+	if err := c.server.close(); err != nil {
+		t.Fatal(err)
+	}
+	c.check()
 }
 
 // check runs `cowdev check`.
