@@ -429,6 +429,10 @@ func TestFullDiskParkBesideReads(t *testing.T) {
 			if err := os.Remove(ballast); err != nil {
 				t.Fatal(err)
 			}
+			c.dev.c.Close()
+			if err := c.server.close(); err != nil {
+				t.Fatal(err)
+			}
 		})
 	}
 }

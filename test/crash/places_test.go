@@ -47,7 +47,8 @@ type place struct {
 	name       string
 	small      bool        // the store's may be full
 	disk       string      // a filesystem that can be filled; empty where there is none
-	baseDevice bool        // the base is a block device
+	device     bool        // the store is a block device
+	baseDevice bool        // the base is one
 	flags      []string    // of serve
 	soon       *time.Timer // makes room
 }
@@ -90,7 +91,7 @@ func newVerbsElsewhere(t *testing.T, seed uint64) *verbs {
 	}
 	v.makeBase()
 	if name == "store on a device" || name == "devices" {
-		v.place.small = true
+		v.place.small, v.place.device = true, true
 		v.cow = newLoop(t, 18<<20+rng.Int64N(int64(2*size)+1)/4096*4096, sector)
 		v.run("0", "create", "--format=raw", "--chunk-size", v.chunk, v.base, v.cow)
 	}

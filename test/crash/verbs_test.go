@@ -133,7 +133,11 @@ func (v *verbs) step() {
 		return
 	}
 	v.fillOrNot()
-	switch v.rng.IntN(8) {
+	switch v.rng.IntN(10) {
+	case 8:
+		v.repair()
+	case 9:
+		v.anew()
 	case 0:
 		v.copied()
 	case 1:
@@ -708,6 +712,46 @@ func (v *verbs) check() {
 	v.session()
 	v.close(v.cow)
 	v.run("0", "check", v.cow, v.base)
+}
+
+// repair finds no damage, and gives back what a kill left; nothing else changes.
+func (v *verbs) repair() {
+	v.t.Helper()
+	if v.place.device {
+		return // what is overwritten is kept beside it, in /dev
+	}
+	v.settle()
+	v.makeRoom()
+	v.run("0 10", "check", v.cow, v.base, "--repair")
+	kept, err := filepath.Glob(v.cow + ".repair-*")
+	if err != nil {
+		v.t.Fatal(err)
+	}
+	for _, path := range kept {
+		os.Remove(path)
+	}
+	v.close(v.cow)
+	v.run("0", "check", v.cow, v.base)
+}
+
+// anew makes another store: where the one before was merged and deleted, or on
+// its block device.
+func (v *verbs) anew() {
+	v.t.Helper()
+	v.settle()
+	v.makeRoom()
+	switch {
+	case !v.place.device:
+		v.run("0", "merge", v.base, v.cow, "--delete")
+		v.half, v.under = false, bytes.Clone(v.content)
+	case v.half:
+		return
+	default:
+		v.run("0", "create", "--force", "--format=raw", "--chunk-size", v.chunk, v.base, v.cow)
+		v.content = bytes.Clone(v.under)
+	}
+	v.flushed()
+	v.session()
 }
 
 // diff names all that differs, and nothing but what the store has.
