@@ -222,11 +222,21 @@ func (v *view) storeFile(c *cli.Context, path string, o viewOptions) (f *disk.OS
 	if !errors.Is(err, fs.ErrNotExist) || o.readOnly || o.existing {
 		return f, false, err
 	}
-	if f, err = v.create(path, o); err != nil {
+	if f, err = v.create(path, o); errors.Is(err, fs.ErrExist) && fileIs(path) { // another has made it just now
+		f, err = openStoreFile(path, false)
+		return f, false, err
+	}
+	if err != nil {
 		return nil, false, err
 	}
 	warn(c, "%s: made, a new store over %s", path, v.base.Path())
 	return f, true, nil
+}
+
+// fileIs reports whether there is a file at path, or what a link there leads to.
+func fileIs(path string) bool {
+	_, err := os.Stat(path)
+	return err == nil
 }
 
 // tempDir is where stores without a name lie: they can be large, which
@@ -291,13 +301,13 @@ func isAt(f *disk.OS, path string) bool {
 	return err == nil && os.SameFile(opened, named)
 }
 
-// create makes a store at path, which must not exist. Nothing is left of it if
-// that fails.
+// create makes a store at path, which must not exist. It is locked and whole
+// when it gets its name; nothing is left of it if that fails.
 func (v *view) create(path string, o viewOptions) (*disk.OS, error) {
-	f, err := disk.OpenOS(path, os.O_RDWR|os.O_CREATE|os.O_EXCL)
-	if target, linkErr := os.Readlink(path); errors.Is(err, fs.ErrExist) && linkErr == nil {
-		return nil, fmt.Errorf("%s: a symbolic link to %s, which is not there; remove it or name a file: %w", path, target, err)
+	if target, err := os.Readlink(path); err == nil {
+		return nil, fmt.Errorf("%s: a symbolic link to %s, which is not there; remove it or name a file: %w", path, target, unix.EEXIST)
 	}
+	f, err := disk.CreateOS(path)
 	if err != nil {
 		return nil, err
 	}
@@ -308,10 +318,15 @@ func (v *view) create(path string, o viewOptions) (*disk.OS, error) {
 		err = v.make(f, path, o)
 	}
 	if err == nil {
+		err = f.Publish()
+	}
+	if err == nil {
 		err = syncDir(filepath.Dir(path))
 	}
 	if err != nil {
-		os.Remove(path)
+		if f.Named() {
+			os.Remove(path)
+		}
 		f.Close()
 		return nil, err
 	}

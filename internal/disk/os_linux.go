@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"path/filepath"
 	"strconv"
 	"strings"
 	"sync/atomic"
@@ -20,11 +21,12 @@ var ErrLocked = errors.New("locked by another process")
 
 // OS is a regular file or a block device on Linux.
 type OS struct {
-	f       *os.File
-	fd      int
-	device  bool
-	beside  *os.File    // another opening of the file, for SyncBeside; nil until Split
-	noDsync atomic.Bool // the filesystem knows no data-synchronous write
+	f        *os.File
+	fd       int
+	device   bool
+	nameless bool        // until Publish
+	beside   *os.File    // another opening of the file, for SyncBeside; nil until Split
+	noDsync  atomic.Bool // the filesystem knows no data-synchronous write
 }
 
 var _ File = (*OS)(nil)
@@ -57,6 +59,38 @@ func OpenOS(path string, flags int) (*OS, error) {
 	}
 	return o, nil
 }
+
+// CreateOS makes a file for path, which must not exist. It has no name until
+// Publish: nobody finds it half made, and nothing is left of it if the process
+// dies. On a filesystem that cannot do that it has its name at once.
+func CreateOS(path string) (*OS, error) {
+	fd, err := unix.Open(filepath.Dir(path), unix.O_RDWR|unix.O_TMPFILE|unix.O_CLOEXEC, 0o666)
+	if err != nil {
+		return OpenOS(path, os.O_RDWR|os.O_CREATE|os.O_EXCL)
+	}
+	o, err := NewOS(os.NewFile(uintptr(fd), path))
+	if err == nil {
+		o.nameless = true
+	}
+	return o, err
+}
+
+// Publish gives a file of CreateOS its name. It wraps fs.ErrExist where another
+// file has that by now.
+func (o *OS) Publish() error {
+	if !o.nameless {
+		return nil
+	}
+	self := fmt.Sprintf("/proc/self/fd/%d", o.fd)
+	if err := unix.Linkat(unix.AT_FDCWD, self, unix.AT_FDCWD, o.Name(), unix.AT_SYMLINK_FOLLOW); err != nil {
+		return fmt.Errorf("%s: %w", o.Name(), err)
+	}
+	o.nameless = false
+	return nil
+}
+
+// Named reports whether a file of CreateOS has its name.
+func (o *OS) Named() bool { return !o.nameless }
 
 // checkWritable refuses a block device that is set read-only: it can be opened
 // for writing, and then fails every write.

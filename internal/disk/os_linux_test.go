@@ -8,6 +8,7 @@ import (
 	"bytes"
 	"errors"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"strings"
@@ -176,5 +177,39 @@ func TestTemp(t *testing.T) {
 	}
 	if names, _ := os.ReadDir(dir); len(names) != 0 {
 		t.Fatalf("a temporary file left %v", names)
+	}
+}
+
+// A file that is made is found by its name when it is whole, and not before;
+// another that has the name by then is left as it is.
+func TestCreate(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "file")
+	first, err := CreateOS(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer first.Close()
+	if first.Named() {
+		t.Skip("this filesystem gives files their names at once")
+	}
+	second, err := CreateOS(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer second.Close()
+	if _, err := os.Lstat(path); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("before it is published: %v", err)
+	}
+	if _, err := first.WriteAt([]byte("first"), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := first.Publish(); err != nil {
+		t.Fatal(err)
+	}
+	if err := second.Publish(); !errors.Is(err, fs.ErrExist) || second.Named() {
+		t.Errorf("the second of that name: %v", err)
+	}
+	if got, err := os.ReadFile(path); string(got) != "first" {
+		t.Errorf("%q, %v", got, err)
 	}
 }
