@@ -147,10 +147,14 @@ func (k *Keeper) Run(ctx context.Context, server *Server) error {
 		if err == nil {
 			server, err = k.relaunch(ctx)
 		}
+		if errors.Is(err, errGoodbye) {
+			err = nil
+			why = goodbye
+		}
 		if asked != nil {
 			asked <- err
 		}
-		if err != nil {
+		if err != nil || why == goodbye {
 			return err
 		}
 		k.noteGap(time.Since(lost), why)
@@ -272,7 +276,11 @@ func (k *Keeper) renew(end frontEnd) error {
 	return nil
 }
 
-// relaunch starts a server, trying again for as long as it has patience.
+// errGoodbye says that the kernel has no use for a server any more.
+var errGoodbye = errors.New("the kernel said goodbye")
+
+// relaunch starts a server, trying again for as long as it has patience and the
+// kernel has use for one.
 func (k *Keeper) relaunch(ctx context.Context) (*Server, error) {
 	giveUp := time.Now().Add(k.cfg.Patience)
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
@@ -281,6 +289,9 @@ func (k *Keeper) relaunch(ctx context.Context) (*Server, error) {
 			return server, nil
 		}
 		k.cfg.Log("start a server: %v", err)
+		if k.goodbyeSaid() {
+			return nil, errGoodbye
+		}
 		if time.Now().Add(pause).After(giveUp) {
 			return nil, fmt.Errorf("%w for %v: %w", ErrGaveUp, k.cfg.Patience, err)
 		}

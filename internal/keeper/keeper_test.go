@@ -394,3 +394,21 @@ func TestServerTalksNonsense(t *testing.T) {
 		t.Errorf("%d losses, expected 1", s.Losses)
 	}
 }
+
+// A kernel that says goodbye while no server comes up is not kept waiting until
+// the keeper has lost patience.
+func TestGoodbyeWithoutServer(t *testing.T) {
+	w := newWorld(t, 2, func() int { return 0 })
+	tried := make(chan struct{}, 1000)
+	w.keeper.cfg.Launch = func(context.Context) (*Server, error) {
+		tried <- struct{}{}
+		return nil, errors.New("no such thing")
+	}
+	go w.keeper.HandOver(context.Background())
+	<-tried
+	start := time.Now()
+	w.finish(t)
+	if took := time.Since(start); took > testLimit/3 {
+		t.Errorf("the keeper ended after %v", took)
+	}
+}
