@@ -34,6 +34,7 @@ type LoopOptions struct {
 // A Loop is an attached loop device.
 type Loop struct {
 	name string
+	back string   // LoopBack of it
 	hold *os.File // an autoclear device would go at once without
 }
 
@@ -75,10 +76,32 @@ func (l *Loop) Path() string { return l.name }
 // unless it is Autoclear and nobody else holds it.
 func (l *Loop) Release() error { return l.hold.Close() }
 
-// Detach ends the device and waits until it is free.
-func (l *Loop) Detach(ctx context.Context) error {
+// Reserve reports whether nobody uses the device in the sense of Busy. Nobody
+// can mount it from then on, until Detach.
+func (l *Loop) Reserve() (bool, error) {
+	if busy, err := Busy(l.name); busy || err != nil {
+		return false, err
+	}
+	hold, err := os.OpenFile(l.name, os.O_RDONLY|unix.O_EXCL, 0)
+	if errors.Is(err, unix.EBUSY) {
+		return false, nil
+	} else if err != nil {
+		return false, err
+	}
 	l.hold.Close()
-	return DetachLoop(ctx, l.name)
+	l.hold = hold
+	return true, nil
+}
+
+// Detach ends the device and waits until it is free, as DetachLoop does.
+func (l *Loop) Detach(ctx context.Context) error {
+	// By what is held: the name could be that of another device afterwards.
+	err := clearLoop(l.hold)
+	l.hold.Close()
+	if err != nil {
+		return err
+	}
+	return waitLoop(ctx, l.name, l.back)
 }
 
 func (o LoopOptions) config(back *os.File) *unix.LoopConfig {
@@ -102,34 +125,47 @@ func configureLoop(name string, cfg *unix.LoopConfig) (*Loop, error) {
 		dev.Close()
 		return nil, fmt.Errorf("configure %s: %w", name, err)
 	}
-	return &Loop{name, dev}, nil
+	return &Loop{name, unix.ByteSliceToString(cfg.Info.File_name[:]), dev}, nil
 }
 
-// DetachLoop ends a loop device and waits until it is free. Who has it open
-// still keeps it, until ctx ends the wait.
-func DetachLoop(ctx context.Context, name string) error {
-	if err := clearLoop(name); err != nil {
+// DetachLoop ends a loop device that has the file back behind it, and waits
+// until it is free or another's. Who has it open still keeps it, until ctx ends
+// the wait.
+func DetachLoop(ctx context.Context, name, back string) error {
+	dev, err := os.Open(name)
+	if err != nil {
 		return err
 	}
+	if loopBack(dev) == clip(back) { // which it is as long as dev is open
+		err = clearLoop(dev)
+	}
+	dev.Close()
+	if err != nil {
+		return err
+	}
+	return waitLoop(ctx, name, clip(back))
+}
+
+func clearLoop(dev *os.File) error {
+	if err := unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_CLR_FD, 0); err != nil && !errors.Is(err, unix.ENXIO) {
+		return fmt.Errorf("detach %s: %w", dev.Name(), err)
+	}
+	return nil
+}
+
+// waitLoop waits until back is not behind the loop device name any more. A free
+// device may be somebody else's at once.
+func waitLoop(ctx context.Context, name, back string) error {
 	return poll(ctx, func() (bool, error) {
-		if LoopBack(name) != "" {
+		if LoopBack(name) == back {
 			return false, fmt.Errorf("%s: still in use, by whoever has it open", name)
 		}
 		return true, nil
 	})
 }
 
-func clearLoop(name string) error {
-	dev, err := os.Open(name)
-	if err != nil {
-		return err
-	}
-	defer dev.Close()
-	if err := unix.IoctlSetInt(int(dev.Fd()), unix.LOOP_CLR_FD, 0); err != nil && !errors.Is(err, unix.ENXIO) {
-		return fmt.Errorf("detach %s: %w", name, err)
-	}
-	return nil
-}
+// clip cuts a name as the kernel does in what it tells of a loop device.
+func clip(name string) string { return name[:min(len(name), unix.LO_NAME_SIZE-1)] }
 
 // LoopBack returns the first 63 bytes of the name of the file behind a loop
 // device, "" where there is none.
@@ -139,6 +175,10 @@ func LoopBack(name string) string {
 		return ""
 	}
 	defer dev.Close()
+	return loopBack(dev)
+}
+
+func loopBack(dev *os.File) string {
 	info, err := unix.IoctlLoopGetStatus64(int(dev.Fd()))
 	if err != nil {
 		return ""
@@ -146,9 +186,9 @@ func LoopBack(name string) string {
 	return unix.ByteSliceToString(info.File_name[:])
 }
 
-// loopsOn returns the loop devices that are parts of a device. It asks sysfs:
+// LoopsOn returns the loop devices over a file or device. It asks sysfs:
 // nothing has to be opened, which a dead device may not answer.
-func loopsOn(device string) (loops []string) {
+func LoopsOn(device string) (loops []string) {
 	names, _ := filepath.Glob("/sys/block/loop*/loop/backing_file")
 	for _, name := range names {
 		if b, _ := os.ReadFile(name); strings.TrimSuffix(string(b), "\n") == device {

@@ -266,3 +266,37 @@ func TestPartOfDevice(t *testing.T) {
 		t.Error("no ext mark where the part begins")
 	}
 }
+
+// The name of a loop device that was ended may be another's at once: that one is
+// left alone, and not waited for. One that is reserved cannot be mounted.
+func TestLoopOfAnother(t *testing.T) {
+	needDevices(t)
+	image := filepath.Join(t.TempDir(), "image")
+	if err := os.WriteFile(image, make([]byte, 1<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l, err := AttachLoop(image, LoopOptions{})
+	if err != nil {
+		t.Skipf("this machine gives no loop device: %v", err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), testLimit)
+	defer cancel()
+	if err := DetachLoop(ctx, l.Path(), "/run/cowdev/fuse-1/disk"); err != nil {
+		t.Error(err)
+	}
+	if LoopBack(l.Path()) != image {
+		t.Error("a device was ended that has another file behind it")
+	}
+	if free, err := l.Reserve(); !free || err != nil {
+		t.Errorf("reserve a device that nobody uses: %v, %v", free, err)
+	}
+	if busy, err := Busy(l.Path()); !busy || err != nil {
+		t.Errorf("a device that is reserved: busy %v, %v", busy, err)
+	}
+	if err := l.Detach(ctx); err != nil {
+		t.Error(err)
+	}
+	if LoopBack(l.Path()) == image {
+		t.Error("the device is still there")
+	}
+}

@@ -119,7 +119,7 @@ func MountOf(device string) (dir string) {
 }
 
 // withLoops returns device, and the loop devices on it.
-func withLoops(device string) []string { return append(loopsOn(device), device) }
+func withLoops(device string) []string { return append(LoopsOn(device), device) }
 
 // eachMount goes through the kernel's table of mounts, oldest first.
 func eachMount(visit func(device, dir string)) {

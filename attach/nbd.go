@@ -50,7 +50,8 @@ func (c NBDConfig) netlink(sockets []*os.File) nbdnl.Config {
 
 // An NBD is an attached /dev/nbdN.
 type NBD struct {
-	cfg NBDConfig // with the index the kernel gave
+	cfg   NBDConfig // with the index the kernel gave
+	owner string
 }
 
 // ConnectNBD attaches a device and returns our ends of its connections. They
@@ -75,7 +76,7 @@ func ConnectNBD(cfg NBDConfig) (*NBD, []net.Conn, error) {
 		closeConns(ours)
 		return nil, nil, err
 	}
-	return &NBD{cfg}, ours, nil
+	return &NBD{cfg, OwnerNBD(cfg.Index)}, ours, nil
 }
 
 // ResumeNBD gives the device cfg.Index, whose server is gone, new connections,
@@ -88,7 +89,7 @@ func ResumeNBD(ctx context.Context, cfg NBDConfig) (*NBD, []net.Conn, error) {
 		return nil, nil, err
 	}
 	defer closeFiles(theirs)
-	d := &NBD{cfg}
+	d := &NBD{cfg, OwnerNBD(cfg.Index)}
 	// One at a time: the kernel may have seen the end of some only.
 	for i := range theirs {
 		if err := d.reconfigure(ctx, theirs[i:i+1]); err != nil {
@@ -129,6 +130,9 @@ func (d *NBD) reconfigure(ctx context.Context, sockets []*os.File) error {
 // Path returns the device's name.
 func (d *NBD) Path() string { return NBDPath(d.cfg.Index) }
 
+// Owner returns OwnerNBD of the device as it was attached.
+func (d *NBD) Owner() string { return d.owner }
+
 // Config returns what the device was attached with.
 func (d *NBD) Config() NBDConfig { return d.cfg }
 
@@ -164,16 +168,23 @@ func (d *NBD) WaitUsable(ctx context.Context) error {
 // Disconnect ends the device and waits until it is free to be used again.
 // The connections see a goodbye. It does not ask whether somebody uses the
 // device; see Busy.
-func (d *NBD) Disconnect(ctx context.Context) error { return DisconnectNBD(ctx, d.cfg.Index) }
+func (d *NBD) Disconnect(ctx context.Context) error {
+	return DisconnectNBD(ctx, d.cfg.Index, d.owner)
+}
 
 // DisconnectNBD is NBD.Disconnect for a device that another process attached.
-func DisconnectNBD(ctx context.Context, index int) error {
+// One that has another owner than that is somebody else's, who took it when it
+// was free, and is left alone.
+func DisconnectNBD(ctx context.Context, index int, owner string) error {
+	if owner == "" || OwnerNBD(index) != owner {
+		return nil
+	}
 	// A device that is not connected is what is wanted, so EINVAL is no error.
 	if err := nbdnl.Disconnect(index); err != nil && !errors.Is(err, unix.EINVAL) {
 		return err
 	}
 	return poll(ctx, func() (bool, error) {
-		if ConnectedNBD(index) {
+		if OwnerNBD(index) == owner {
 			return false, fmt.Errorf("%s: still in use, by whoever has it open", NBDPath(index))
 		}
 		return true, nil
@@ -182,7 +193,13 @@ func DisconnectNBD(ctx context.Context, index int) error {
 
 // ConnectedNBD reports whether the kernel has device index connected, dead
 // connections included.
-func ConnectedNBD(index int) bool { return readSysfs(index, "pid") != "" }
+func ConnectedNBD(index int) bool { return OwnerNBD(index) != "" }
+
+// OwnerNBD returns what the kernel notes of who connected device index, the
+// number of a thread; "" where it is not connected. It stays the same when the
+// device is given new connections, and tells it from one that was connected
+// anew.
+func OwnerNBD(index int) string { return readSysfs(index, "pid") }
 
 // BackendNBD returns the Identifier that device index was attached with, or
 // "".
@@ -197,7 +214,7 @@ func readSysfs(index int, attribute string) string {
 // Busy reports whether a block device is mounted, or held in another way that
 // allows no second holder, or a loop device on it is.
 func Busy(path string) (bool, error) {
-	for _, part := range loopsOn(path) {
+	for _, part := range LoopsOn(path) {
 		if busy, err := Busy(part); busy && err == nil {
 			return true, nil
 		}

@@ -1,6 +1,7 @@
 package attach
 
 import (
+	"bytes"
 	"cmp"
 	"encoding/json"
 	"errors"
@@ -9,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"time"
 
@@ -25,8 +27,10 @@ const (
 type State struct {
 	Device      string        `json:"device"` // /dev/nbd3
 	Driver      string        `json:"driver"`
-	UUID        string        `json:"uuid"` // the store's
-	PID         int           `json:"pid"`  // of the process that holds the device
+	UUID        string        `json:"uuid"`            // the store's
+	PID         int           `json:"pid"`             // of the process that holds the device
+	Born        uint64        `json:"born,omitempty"`  // when PID began, see Born; its number may be another's later
+	Owner       string        `json:"owner,omitempty"` // of an nbd device, see OwnerNBD
 	ServerPID   int           `json:"server_pid,omitempty"`
 	Executable  string        `json:"executable"` // of PID
 	Base        string        `json:"base"`
@@ -40,23 +44,52 @@ type State struct {
 	FuseDir     string        `json:"fuse_dir,omitempty"`
 	Mounts      []string      `json:"mounts,omitempty"` // made by cowdev mount
 	Started     time.Time     `json:"started"`
+	Failure     string        `json:"failure,omitempty"` // why the store was not closed in order, where PID could still tell
 }
 
 // Alive reports whether the process that holds the device lives.
-func (s *State) Alive() bool { return alive(s.PID) }
+func (s *State) Alive() bool {
+	born := Born(s.PID)
+	return born != 0 && (s.Born == 0 || s.Born == born)
+}
 
-// alive reports whether pid is a process, and no zombie.
-func alive(pid int) bool {
-	if pid <= 0 || unix.Kill(pid, 0) == unix.ESRCH {
-		return false
+// Born returns when process pid began, in ticks since the boot, and 0 where
+// there is none or it is a zombie. A number is given to another process some
+// day, and in another container at once; with this the two are told apart.
+func Born(pid int) uint64 {
+	if pid <= 0 {
+		return 0
 	}
 	stat, err := os.ReadFile(fmt.Sprintf("/proc/%d/stat", pid))
 	if err != nil {
-		return false
+		return 0
 	}
-	_, rest, _ := strings.Cut(string(stat), ") ")
-	return !strings.HasPrefix(rest, "Z") && !strings.HasPrefix(rest, "X")
+	// Behind the program's name, which may hold anything.
+	f := strings.Fields(string(stat[bytes.LastIndexByte(stat, ')')+1:]))
+	const state, start = 0, 19
+	if len(f) <= start || f[state] == "Z" || f[state] == "X" {
+		return 0
+	}
+	born, _ := strconv.ParseUint(f[start], 10, 64)
+	return born
 }
+
+// Gone reports whether the device that s tells of is there no more: its name
+// may be that of another device now.
+func (s *State) Gone() bool {
+	switch s.Driver {
+	case DriverNBD:
+		index, err := NBDIndex(s.Device)
+		owner := OwnerNBD(index)
+		return err != nil || owner == "" || s.Owner != "" && s.Owner != owner
+	case DriverLoop:
+		return LoopBack(s.Device) != clip(s.FusePath())
+	}
+	return false
+}
+
+// FusePath returns the file behind a loop device.
+func (s *State) FusePath() string { return filepath.Join(s.FuseDir, fuseFileName) }
 
 // DefaultStates is where states are kept: it is empty after a boot, as the
 // devices are gone.
@@ -77,6 +110,28 @@ func (d States) Save(s *State) error {
 	if err := os.MkdirAll(string(d), 0o755); err != nil {
 		return err
 	}
+	unlock, err := d.lock()
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	return d.write(s)
+}
+
+// lock keeps other processes from changing what is kept, until unlock.
+func (d States) lock() (unlock func() error, err error) {
+	dir, err := os.Open(string(d))
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
+		dir.Close()
+		return nil, fmt.Errorf("lock %s: %w", d, err)
+	}
+	return dir.Close, nil
+}
+
+func (d States) write(s *State) error {
 	b, err := json.MarshalIndent(s, "", "  ")
 	if err != nil {
 		return err
@@ -92,29 +147,49 @@ func (d States) Save(s *State) error {
 // Update changes what is kept of a device, which no other process does
 // meanwhile. It wraps ErrNotAttached where nothing is.
 func (d States) Update(device string, change func(*State)) error {
-	dir, err := os.Open(string(d))
+	unlock, err := d.lock()
 	if err != nil {
 		return err
 	}
-	defer dir.Close() // and with it the lock
-	if err := unix.Flock(int(dir.Fd()), unix.LOCK_EX); err != nil {
-		return fmt.Errorf("lock %s: %w", d, err)
-	}
+	defer unlock()
 	s, err := d.Find(device)
 	if err != nil {
 		return err
 	}
 	change(s)
-	return d.Save(s)
+	return d.write(s)
 }
 
-// Remove forgets a device.
-func (d States) Remove(device string) error {
-	err := os.Remove(d.path(device))
+// Remove forgets what the process of s told of a device. What another has told
+// since of a device of the same name stays.
+func (d States) Remove(s *State) error {
+	unlock, err := d.lock()
+	if err != nil {
+		return ifThere(err)
+	}
+	defer unlock()
+	now, err := read(d.path(s.Device))
+	if err != nil || now.PID != s.PID || now.Born != s.Born {
+		return ifThere(err)
+	}
+	return ifThere(os.Remove(d.path(s.Device)))
+}
+
+// ifThere returns err unless it says that a file does not exist.
+func ifThere(err error) error {
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
 	return err
+}
+
+func read(path string) (*State, error) {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return nil, err
+	}
+	s := new(State)
+	return s, json.Unmarshal(b, s)
 }
 
 // List returns all states, by the device's name. Files that are none are
@@ -126,12 +201,8 @@ func (d States) List() ([]*State, error) {
 	}
 	var states []*State
 	for _, name := range names {
-		b, err := os.ReadFile(name)
-		if err != nil {
-			continue // gone meanwhile
-		}
-		s := new(State)
-		if json.Unmarshal(b, s) == nil && d.path(s.Device) == name {
+		s, err := read(name)
+		if err == nil && d.path(s.Device) == name { // else gone meanwhile
 			states = append(states, s)
 		}
 	}

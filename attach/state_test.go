@@ -33,14 +33,41 @@ func TestStates(t *testing.T) {
 			t.Errorf("%s: %+v, %v", what, got, err)
 		}
 	}
-	if err := d.Remove(s.Device); err != nil {
+	if err := d.Remove(s); err != nil {
 		t.Fatal(err)
 	}
-	if err := d.Remove(s.Device); err != nil {
+	if err := d.Remove(s); err != nil {
 		t.Errorf("again: %v", err)
 	}
 	if all, err := d.List(); len(all) != 0 || err != nil {
 		t.Errorf("after all: %v, %v", all, err)
+	}
+}
+
+// A process number that is another process's now is not who held the device,
+// and what another has told of a device of that name is not forgotten.
+func TestStatesOfOthers(t *testing.T) {
+	own := Born(os.Getpid())
+	if own == 0 {
+		t.Fatal("this process was never born")
+	}
+	d := States(t.TempDir())
+	first := &State{Device: "/dev/nbd3", Driver: DriverNBD, PID: os.Getpid(), Born: own - 1}
+	second := &State{Device: "/dev/nbd3", Driver: DriverNBD, PID: os.Getpid(), Born: own}
+	if first.Alive() || !second.Alive() {
+		t.Errorf("alive: %v and %v, expected false and true", first.Alive(), second.Alive())
+	}
+	if err := errors.Join(d.Save(first), d.Save(second), d.Remove(first)); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := d.Find("/dev/nbd3"); err != nil || got.Born != own {
+		t.Errorf("after the first was forgotten: %+v, %v", got, err)
+	}
+	if err := errors.Join(d.Remove(second), d.Remove(second)); err != nil {
+		t.Error(err)
+	}
+	if _, err := d.Find("/dev/nbd3"); !errors.Is(err, ErrNotAttached) {
+		t.Errorf("after both: %v", err)
 	}
 }
 

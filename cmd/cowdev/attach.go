@@ -196,7 +196,7 @@ func (ac *attachConfig) readState(c *cli.Context) error {
 	if err != nil {
 		return err
 	}
-	if !attach.ConnectedNBD(index) {
+	if s.Gone() {
 		return fmt.Errorf("%s: not connected any more; attach it anew: %w", s.Device, attach.ErrNotAttached)
 	}
 	ac.resume, ac.driver, ac.flags = s, s.Driver, s.Flags
@@ -204,8 +204,10 @@ func (ac *attachConfig) readState(c *cli.Context) error {
 		Index: index, Size: s.Size, BlockSize: s.BlockSize, Connections: s.Connections,
 		Timeout: s.Timeout, DeadTimeout: s.DeadTimeout, Identifier: s.UUID,
 	}
-	// The store is opened as it was then.
-	return parseServe(c, s.Flags, s.Base, s.COW, &ac.serve)
+	// The store is opened as it was then, and none is made in its place.
+	err = parseServe(c, s.Flags, s.Base, s.COW, &ac.serve)
+	ac.serve.view.existing = true
+	return err
 }
 
 // passedFlags returns the store's and the base's flags that were given, as
@@ -219,6 +221,19 @@ func passedFlags(c *cli.Context) []string {
 		}
 	}
 	return words
+}
+
+// laterFlags returns what of flags holds for each opening of the store after the
+// first: one that is missing is not made anew, and a base that changed under a
+// mounted filesystem is not taken.
+func laterFlags(flags []string) []string {
+	later := []string{"--existing=true"}
+	for _, f := range flags {
+		if name, _, _ := strings.Cut(f, "="); name != "--existing" && name != "--accept-base" {
+			later = append(later, f)
+		}
+	}
+	return later
 }
 
 // parseServe reads flags, as passedFlags gave them, into sc.
@@ -273,11 +288,11 @@ func runAttach(c *cli.Context, ac attachConfig) error {
 func (ac *attachConfig) state(device, driver, uuid string) *attach.State {
 	exe, _ := os.Executable()
 	return &attach.State{
-		Device: device, Driver: driver, UUID: uuid, PID: os.Getpid(), Executable: exe,
+		Device: device, Driver: driver, UUID: uuid, PID: os.Getpid(), Born: attach.Born(os.Getpid()), Executable: exe,
 		Base: absolute(ac.serve.base), COW: absolute(ac.serve.cow), Size: ac.nbd.Size,
 		Connections: ac.nbd.Connections, BlockSize: ac.nbd.BlockSize,
 		Timeout: ac.nbd.Timeout, DeadTimeout: ac.nbd.DeadTimeout,
-		Flags: ac.flags, Started: time.Now(),
+		Flags: laterFlags(ac.flags), Started: time.Now(),
 	}
 }
 
@@ -287,11 +302,27 @@ func announce(c *cli.Context, ac *attachConfig, s *attach.State) error {
 	if ac.resume != nil {
 		s.Mounts, s.Started = ac.resume.Mounts, ac.resume.Started
 	}
+	log, err := openLog(c)
+	if err != nil {
+		return err
+	}
+	if log != nil {
+		defer log.Close()
+	}
 	if err := attach.DefaultStates.Save(s); err != nil {
 		return fmt.Errorf("keep the device's state: %w", err)
 	}
-	fmt.Fprintf(c.App.Writer, "ready: %s\n", s.Device)
-	return becomeDaemon(c)
+	_, err = fmt.Fprintf(c.App.Writer, "ready: %s\n", s.Device)
+	if log == nil {
+		return nil
+	}
+	if err == nil {
+		err = becomeDaemon(log)
+	}
+	if err != nil { // who asked for the device is gone, and will not use it
+		return errors.Join(fmt.Errorf("tell who waits for %s: %w", s.Device, err), attach.DefaultStates.Remove(s))
+	}
+	return nil
 }
 
 // attachWords are the words of a command line that does without --detach what
@@ -366,23 +397,24 @@ func startDetached(c *cli.Context, words []string) (device string, err error) {
 	return "", quietError(max(end.ExitCode(), exitFailure))
 }
 
-// becomeDaemon lets go of the process that waits for startDetached, if any:
-// messages go to --log from now on, or nowhere.
-func becomeDaemon(c *cli.Context) error {
+// openLog opens where the messages of a detached process go: --log, or nowhere.
+// It is nil for a process that was not started by startDetached.
+func openLog(c *cli.Context) (*os.File, error) {
 	if os.Getenv(detachedEnv) == "" {
-		return nil
+		return nil, nil
 	}
 	name := os.DevNull
 	if c.String("log") != "" {
 		name = c.String("log")
 	}
-	f, err := os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
+	return os.OpenFile(name, os.O_WRONLY|os.O_CREATE|os.O_APPEND, 0o600)
+}
+
+// becomeDaemon lets go of the process that waits in startDetached: messages go
+// to log from now on.
+func becomeDaemon(log *os.File) error {
 	for _, fd := range []int{1, 2} {
-		if err := unix.Dup3(int(f.Fd()), fd, 0); err != nil {
+		if err := unix.Dup3(int(log.Fd()), fd, 0); err != nil {
 			return err
 		}
 	}

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -19,6 +20,15 @@ func attachLoop(c *cli.Context, ac attachConfig) (err error) {
 	if err != nil {
 		return err
 	}
+	// From here on a signal, and one that comes twice, must leave nothing behind.
+	signals, stop := deviceSignals()
+	defer stop()
+	var s *attach.State // nil until the device is announced
+	defer func() {
+		if s != nil {
+			err = errors.Join(err, forget(s, err))
+		}
+	}()
 	defer func() { err = errors.Join(err, view.Close()) }()
 	if view.device.Size() < attach.DefaultBlockSize {
 		return fmt.Errorf("%s: %d bytes, a device has at least one sector of %d", ac.serve.base, view.device.Size(), attach.DefaultBlockSize)
@@ -26,7 +36,7 @@ func attachLoop(c *cli.Context, ac attachConfig) (err error) {
 	if err := os.MkdirAll(string(attach.DefaultStates), 0o755); err != nil {
 		return err
 	}
-	dir, err := os.MkdirTemp(string(attach.DefaultStates), "fuse-")
+	dir, err := os.MkdirTemp(string(attach.DefaultStates), fmt.Sprintf(fuseDirOf, os.Getpid())+"*")
 	if err != nil {
 		return err
 	}
@@ -42,34 +52,52 @@ func attachLoop(c *cli.Context, ac attachConfig) (err error) {
 	if err != nil {
 		return err
 	}
-	defer func() {
-		ctx, cancel := limited()
-		defer cancel()
-		err = errors.Join(err, loop.Detach(ctx))
-	}()
-	return holdLoop(c, &ac, view, loop, dir)
-}
-
-func holdLoop(c *cli.Context, ac *attachConfig, view *view, loop *attach.Loop, dir string) error {
-	signals, stop := deviceSignals()
-	defer stop()
+	// Who has it open without mounting it is served until he closes it: all
+	// that he writes would be lost.
+	defer func() { err = errors.Join(err, loop.Detach(context.Background())) }()
 	ac.nbd.Size = view.device.Size()
-	s := ac.state(loop.Path(), attach.DriverLoop, view.store.Header().UUID.String())
-	s.FuseDir = dir
-	if err := announce(c, ac, s); err != nil {
+	told := ac.state(loop.Path(), attach.DriverLoop, view.store.Header().UUID.String())
+	told.FuseDir = dir
+	if err := announce(c, &ac, told); err != nil {
 		return err
 	}
+	s = told
+	holdLoop(c, loop, signals)
+	view.device.Release() // writes that wait for room would wait for ever
+	return nil
+}
+
+// fuseDirOf begins the name of the directory that a process mounts its FUSE
+// filesystem at; the rest is random.
+const fuseDirOf = "fuse-%d-"
+
+// holdLoop waits for a signal that finds the device unused, and leaves it
+// reserved.
+func holdLoop(c *cli.Context, loop *attach.Loop, signals <-chan os.Signal) {
 	for sig := range signals {
 		if sig == syscall.SIGUSR2 {
 			warn(c, "%s: a loop device cannot be handed over", loop.Path())
 			continue
 		}
-		if busy, err := attach.Busy(loop.Path()); busy || err != nil {
+		if free, err := loop.Reserve(); free {
+			return
+		} else if err != nil {
+			warn(c, "%s: is it in use? %v", loop.Path(), err)
+		} else {
 			warn(c, "%s is in use, and would not outlive this process: unmount it first", loop.Path())
-			continue
 		}
-		break
 	}
-	view.device.Release() // writes that wait for room would wait for ever
-	return attach.DefaultStates.Remove(s.Device)
+}
+
+// forget ends what is told of a device that is gone. Where its store was not
+// closed in order, who waits for the end is told why.
+func forget(s *attach.State, err error) error {
+	if err == nil {
+		return attach.DefaultStates.Remove(s)
+	}
+	return attach.DefaultStates.Update(s.Device, func(now *attach.State) {
+		if now.PID == s.PID && now.Born == s.Born {
+			now.Failure = err.Error()
+		}
+	})
 }

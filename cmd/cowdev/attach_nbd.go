@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
@@ -37,7 +38,7 @@ func attachSupervised(c *cli.Context, ac attachConfig) error {
 		warn(c, "%s is not permitted: writes may hang when memory is short", what)
 	}
 	launcher := newLauncher(c, &ac)
-	server, t, err := launcher.start(c.Context, launcher.exe)
+	server, t, err := launcher.begin(c.Context)
 	if err != nil {
 		return err
 	}
@@ -57,9 +58,14 @@ func attachSupervised(c *cli.Context, ac attachConfig) error {
 		Patience: ac.nbd.DeadTimeout,
 		Log:      func(format string, args ...any) { warn(c, dev.Path()+": "+format, args...) },
 	}, fronts)
-	serve := func(ctx context.Context) error { return k.Run(ctx, server) }
+	serve := func(ctx context.Context) error {
+		if err := k.Run(ctx, server); err != nil {
+			return err
+		}
+		return launcher.closed()
+	}
 	s := ac.state(dev.Path(), attach.DriverNBD, t.UUID)
-	s.ServerPID = t.PID
+	s.ServerPID, s.Owner = t.PID, dev.Owner()
 	launcher.setDevice(s.Device)
 	return holdNBD(c, &ac, dev, s, serve, k.HandOver)
 }
@@ -81,7 +87,9 @@ func attachDirect(c *cli.Context, ac attachConfig) (err error) {
 		return err
 	}
 	serve := func(ctx context.Context) error { return serveConns(ctx, c, dev, server, export, conns) }
-	return holdNBD(c, &ac, dev, ac.state(dev.Path(), attach.DriverNBD, dev.Config().Identifier), serve, nil)
+	s := ac.state(dev.Path(), attach.DriverNBD, dev.Config().Identifier)
+	s.Owner = dev.Owner()
+	return holdNBD(c, &ac, dev, s, serve, nil)
 }
 
 // serveConns serves a device's connections until the kernel said goodbye on
@@ -141,10 +149,11 @@ func holdNBD(c *cli.Context, ac *attachConfig, dev *attach.NBD, s *attach.State,
 		dropNBD(dev, s)
 		return errors.Join(err, <-served)
 	}
+	var ending atomic.Bool
 	for {
 		select {
 		case err := <-served:
-			return ended(c, dev, s, err)
+			return ended(dev, s, err)
 		case sig := <-signals:
 			switch {
 			case sig == syscall.SIGUSR2 && handOver == nil:
@@ -155,8 +164,8 @@ func holdNBD(c *cli.Context, ac *attachConfig, dev *attach.NBD, s *attach.State,
 						warn(c, "%s: hand over: %v", dev.Path(), err)
 					}
 				}()
-			default:
-				if !leaveNBD(c, dev, s) {
+			case !ending.Load(): // else a second one, while what the first asks is done
+				if !leaveNBD(c, dev, s, &ending) {
 					cancel()
 				}
 			}
@@ -180,32 +189,44 @@ func waitUsable(dev *attach.NBD, served chan error) error {
 }
 
 // leaveNBD is what a signal to end does: it disconnects a device that nobody
-// uses, and reports whether it did. A device in use stays, and its requests
-// wait.
-func leaveNBD(c *cli.Context, dev *attach.NBD, s *attach.State) bool {
+// uses, and reports whether it did; ending is set until that fails. A device in
+// use stays, and its requests wait.
+func leaveNBD(c *cli.Context, dev *attach.NBD, s *attach.State, ending *atomic.Bool) bool {
 	if busy, err := attach.Busy(dev.Path()); busy || err != nil {
 		warn(c, "%s is in use: its requests wait %v for cowdev attach --resume %s", dev.Path(), s.DeadTimeout, shellWord(s.COW))
 		return false
 	}
-	go func() { // the goodbye ends serve
-		if err := dropNBD(dev, s); err != nil {
+	ending.Store(true)
+	go func() { // the goodbye ends serve, and then ended does the rest
+		ctx, cancel := limited()
+		defer cancel()
+		if err := dev.Disconnect(ctx); err != nil {
+			ending.Store(false)
 			warn(c, "%v", err)
 		}
 	}()
 	return true
 }
 
+// errNotClosed says that a device is gone, and what was acknowledged may not be
+// durable.
+var errNotClosed = errors.New("the store was not closed in order")
+
 // dropNBD disconnects dev, and forgets it.
 func dropNBD(dev *attach.NBD, s *attach.State) error {
 	ctx, cancel := limited()
 	defer cancel()
 	err := dev.Disconnect(ctx)
-	return errors.Join(err, attach.DefaultStates.Remove(s.Device))
+	return errors.Join(err, attach.DefaultStates.Remove(s))
 }
 
 // ended returns what the end of a device's server means.
-func ended(c *cli.Context, dev *attach.NBD, s *attach.State, err error) error {
+func ended(dev *attach.NBD, s *attach.State, err error) error {
 	switch {
+	case errors.Is(err, errNotClosed):
+		ctx, cancel := limited()
+		defer cancel()
+		return errors.Join(err, dev.Disconnect(ctx), forget(s, err))
 	case errors.Is(err, context.Canceled): // left for --resume
 		return nil
 	case errors.Is(err, keeper.ErrGaveUp):

@@ -29,7 +29,7 @@ func detachCommand() *cli.Command {
 			s, err := attach.DefaultStates.Find(args[0])
 			if errors.Is(err, attach.ErrNotAttached) {
 				if index, notNBD := attach.NBDIndex(args[0]); notNBD == nil && attach.ConnectedNBD(index) {
-					return detachForeign(index)
+					return detachForeign(index, attach.OwnerNBD(index))
 				}
 			}
 			if err != nil {
@@ -40,25 +40,28 @@ func detachCommand() *cli.Command {
 	}
 }
 
-// detachForeign ends a device of which nobody has told.
-func detachForeign(index int) error {
+// detachForeign ends a device of which nobody has told, while it has that owner.
+func detachForeign(index int, owner string) error {
 	if err := refuseBusy(attach.NBDPath(index)); err != nil {
 		return err
 	}
 	ctx, cancel := limited()
 	defer cancel()
-	return attach.DisconnectNBD(ctx, index)
+	return attach.DisconnectNBD(ctx, index, owner)
 }
 
 // detach ends a device and waits until the process that held it is gone.
 func detach(c *cli.Context, s *attach.State) error {
-	if err := refuseBusy(s.Device); err != nil {
-		return err
+	alive := s.Alive()
+	if alive || !s.Gone() { // else its name may be that of another device
+		if err := refuseBusy(s.Device); err != nil {
+			return err
+		}
 	}
-	if !s.Alive() {
+	if !alive {
 		return detachOrphan(c, s)
 	}
-	if err := unix.Kill(s.PID, unix.SIGTERM); err != nil {
+	if err := unix.Kill(s.PID, unix.SIGTERM); err != nil && err != unix.ESRCH {
 		return fmt.Errorf("end process %d, which holds %s: %w", s.PID, s.Device, err)
 	}
 	ctx, cancel := limited()
@@ -66,14 +69,20 @@ func detach(c *cli.Context, s *attach.State) error {
 	for s.Alive() {
 		select {
 		case <-ctx.Done():
-			return fmt.Errorf("%s: process %d, which holds it, has not ended within %v", s.Device, s.PID, usableLimit)
+			return fmt.Errorf("%s: process %d, which holds it, has not ended within %v; it waits for who has the device open", s.Device, s.PID, usableLimit)
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
-	if now, err := attach.DefaultStates.Find(s.Device); err == nil && now.PID == s.PID {
-		return fmt.Errorf("%s: came into use, and is not detached: %w", s.Device, unix.EBUSY)
+	now, err := attach.DefaultStates.Find(s.Device)
+	switch {
+	case err != nil || now.PID != s.PID || now.Born != s.Born:
+		return nil
+	case now.Failure != "":
+		return fmt.Errorf("%s is detached; its store was not closed in order: %s", s.Device, now.Failure)
+	case now.Driver == attach.DriverLoop || now.Gone(): // the process was killed
+		return detachOrphan(c, now)
 	}
-	return nil
+	return fmt.Errorf("%s: came into use, and is not detached: %w", s.Device, unix.EBUSY)
 }
 
 // detachOrphan ends a device whose server is gone. The store is opened and
@@ -86,6 +95,7 @@ func detachOrphan(c *cli.Context, s *attach.State) error {
 	if err := parseServe(c, s.Flags, s.Base, s.COW, &sc); err != nil {
 		return err
 	}
+	sc.view.existing = true
 	v, err := openView(c.Context, c, sc.base, sc.cow, sc.view)
 	if err != nil {
 		return fmt.Errorf("%s is detached; its store was not closed in order: %w", s.Device, err)
@@ -100,10 +110,10 @@ func removeOrphan(s *attach.State) error {
 	var err error
 	switch s.Driver {
 	case attach.DriverNBD:
-		err = disconnectByName(ctx, s.Device)
+		err = disconnectByName(ctx, s)
 	case attach.DriverLoop:
-		if back := attach.LoopBack(s.Device); back != "" && len(s.FuseDir) > 0 && back == clip(s.FuseDir+"/disk") {
-			err = attach.DetachLoop(ctx, s.Device)
+		if !s.Gone() {
+			err = attach.DetachLoop(ctx, s.Device, s.FusePath())
 		}
 		// The mount of a FUSE server that died answers ENOTCONN to all else.
 		if e := unix.Unmount(s.FuseDir, unix.MNT_DETACH); e != nil && !errors.Is(e, unix.EINVAL) && !errors.Is(e, unix.ENOENT) {
@@ -114,22 +124,23 @@ func removeOrphan(s *attach.State) error {
 	if err != nil {
 		return err
 	}
-	return attach.DefaultStates.Remove(s.Device)
+	return attach.DefaultStates.Remove(s)
 }
 
-func disconnectByName(ctx context.Context, device string) error {
-	index, err := attach.NBDIndex(device)
+func disconnectByName(ctx context.Context, s *attach.State) error {
+	index, err := attach.NBDIndex(s.Device)
 	if err != nil {
 		return err
 	}
-	if err := attach.DisconnectNBD(ctx, index); err != nil && !errors.Is(err, nbdnl.ErrNoDriver) {
+	owner := s.Owner
+	if owner == "" { // noted by a cowdev of before
+		owner = attach.OwnerNBD(index)
+	}
+	if err := attach.DisconnectNBD(ctx, index, owner); err != nil && !errors.Is(err, nbdnl.ErrNoDriver) {
 		return err
 	}
 	return nil
 }
-
-// clip cuts a name as the kernel does in what it tells of a loop device.
-func clip(name string) string { return name[:min(len(name), 63)] }
 
 // refuseBusy says that a device is in use, and by which mount.
 func refuseBusy(device string) error {

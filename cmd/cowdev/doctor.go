@@ -186,22 +186,22 @@ func runTool(name string, args ...string) error {
 
 // device looks at an attached device.
 func (d *doctor) device(s *attach.State) {
-	index, notNBD := attach.NBDIndex(s.Device)
+	isNBD, gone := s.Driver == attach.DriverNBD, s.Gone()
 	switch {
 	case s.Alive():
-		if notNBD == nil {
+		if isNBD {
 			d.blockSize(s.Device)
 		}
-	case notNBD == nil && !attach.ConnectedNBD(index):
+	case isNBD && gone:
 		d.find(s.Device, fmt.Sprintf("process %d, which held it, is gone, and so is the device", s.PID),
-			"forget it", func() error { return attach.DefaultStates.Remove(s.Device) })
-	case attach.MountOf(s.Device) != "" && notNBD == nil:
+			"forget it", func() error { return attach.DefaultStates.Remove(s) })
+	case !gone && attach.MountOf(s.Device) != "" && isNBD:
 		d.find(s.Device, fmt.Sprintf("mounted at %s, and process %d, which served it, is gone: its requests wait, and then fail", attach.MountOf(s.Device), s.PID),
 			"cowdev attach --resume --detach "+shellWord(s.COW), func() error {
 				_, err := startDetached(d.c, []string{"attach", "--resume", "--", s.COW})
 				return err
 			})
-	case attach.MountOf(s.Device) != "":
+	case !gone && attach.MountOf(s.Device) != "":
 		dir := attach.MountOf(s.Device)
 		cure := "umount -l " + shellWord(dir) + ", then cowdev detach " + s.Device
 		if top, err := attach.DefaultStates.Mounted(dir); err != nil || top.Device != s.Device {
@@ -223,13 +223,15 @@ func (d *doctor) strangers() {
 	for _, dev := range devices {
 		path := attach.NBDPath(dev.Index)
 		known := slices.ContainsFunc(d.states, func(s *attach.State) bool { return s.Device == path })
-		if !dev.Connected || known {
+		owner := attach.OwnerNBD(dev.Index)
+		// Who has connected it and lives may be about to tell of it.
+		if thread, _ := strconv.Atoi(owner); !dev.Connected || known || attach.Born(thread) != 0 {
 			continue
 		}
 		d.blockSize(path)
 		if id := attach.BackendNBD(dev.Index); id != "" {
 			d.find(path, "connected to store "+id+" by a cowdev that has left nothing else", "disconnect it where nobody uses it",
-				func() error { return detachForeign(dev.Index) })
+				func() error { return detachForeign(dev.Index, owner) })
 		}
 	}
 }
@@ -290,13 +292,34 @@ func (d *doctor) fuseLeftovers() {
 		if slices.ContainsFunc(d.states, func(s *attach.State) bool { return s.FuseDir == dir }) {
 			continue
 		}
+		// Who lives is about to tell of its device, or to end.
+		var pid int
+		if _, err := fmt.Sscanf(filepath.Base(dir), fuseDirOf, &pid); err == nil && attach.Born(pid) != 0 {
+			continue
+		}
 		d.find(dir, "left by a cowdev that is gone", "unmount and remove it", func() error {
+			if err := detachLoopsOn(dir); err != nil {
+				return err
+			}
 			if err := unix.Unmount(dir, unix.MNT_DETACH); err != nil && err != unix.EINVAL {
 				return err
 			}
 			return os.Remove(dir)
 		})
 	}
+}
+
+// detachLoopsOn ends the loop devices over the FUSE filesystem at dir.
+func detachLoopsOn(dir string) error {
+	ctx, cancel := limited()
+	defer cancel()
+	left := attach.State{FuseDir: dir}
+	for _, device := range attach.LoopsOn(left.FusePath()) {
+		if err := attach.DetachLoop(ctx, device, left.FusePath()); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // orphans looks for servers whose supervisor is gone. They end by themselves

@@ -104,10 +104,12 @@ func mountAttached(c *cli.Context, device, dir string) error {
 		defer part.Release() // it goes with the mount
 		source = part.Path()
 	}
-	if err := attach.MountDevice(source, dir, c.String("type"), options); err != nil {
+	// Before it is true: umount finds the device, wherever this process ends.
+	err := attach.DefaultStates.Update(device, func(s *attach.State) { s.Mounts = append(s.Mounts, dir) })
+	if err != nil {
 		return err
 	}
-	return attach.DefaultStates.Update(device, func(s *attach.State) { s.Mounts = append(s.Mounts, dir) })
+	return attach.MountDevice(source, dir, c.String("type"), options)
 }
 
 // attachPartition makes a device of partition n of device, which goes with

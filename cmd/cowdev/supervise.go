@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"os/exec"
+	"os/signal"
 	"sync"
 	"syscall"
 
@@ -31,10 +32,12 @@ type told struct {
 	UUID  string `json:"uuid"` // the store's
 	Size  int64  `json:"size"`
 	Flags uint16 `json:"flags"` // transmission flags
+	File  string `json:"file"`  // the store's, disk.OS.Identity
 }
 
 func tell(v *view, export *nbdserver.Export) told {
-	return told{PID: os.Getpid(), UUID: v.store.Header().UUID.String(), Size: v.device.Size(), Flags: export.TransmissionFlags()}
+	file, _ := v.file.Identity()
+	return told{PID: os.Getpid(), UUID: v.store.Header().UUID.String(), Size: v.device.Size(), Flags: export.TransmissionFlags(), File: file}
 }
 
 // attachServerCommand is the server behind a supervisor. It serves the
@@ -61,6 +64,7 @@ func attachServerCommand() *cli.Command {
 
 func attachServer(c *cli.Context, sc *serveConfig) (err error) {
 	attach.Shield(false)
+	signal.Ignore(syscall.SIGPIPE) // where the supervisor is gone, the store is still closed in order
 	conns, err := inheritedConns(c.Int("connections"))
 	if err != nil {
 		return err
@@ -116,11 +120,14 @@ func (sc *serveConfig) transmitter(c *cli.Context, v *view) (*nbdserver.Server, 
 type launcher struct {
 	exe   string // as it is called: an upgrade puts another program there
 	words []string
+	again []string // words of every server but the first
 	conns int
 	logs  io.Writer
 
 	mu     sync.Mutex
 	device string
+	first  told // by the first server
+	last   *exec.Cmd
 }
 
 func newLauncher(c *cli.Context, ac *attachConfig) *launcher {
@@ -128,13 +135,20 @@ func newLauncher(c *cli.Context, ac *attachConfig) *launcher {
 	if err != nil {
 		exe = "/proc/self/exe"
 	}
-	words := append([]string{"attach-server", fmt.Sprintf("--connections=%d", ac.nbd.Connections)}, ac.flags...)
+	words := func(flags []string) []string {
+		w := append([]string{"attach-server", fmt.Sprintf("--connections=%d", ac.nbd.Connections)}, flags...)
+		return append(w, "--", absolute(ac.serve.base), absolute(ac.serve.cow))
+	}
+	first := ac.flags
+	if ac.resume != nil {
+		first = laterFlags(first)
+	}
 	// A wrapper, so that the server is given a pipe and not this process's own
 	// descriptor: that may be one which somebody waits to see closed.
 	logs := struct{ io.Writer }{c.App.ErrWriter}
 	return &launcher{
 		exe: exe, conns: ac.nbd.Connections, logs: logs,
-		words: append(words, "--", absolute(ac.serve.base), absolute(ac.serve.cow)),
+		words: words(first), again: words(laterFlags(ac.flags)),
 	}
 }
 
@@ -145,13 +159,46 @@ func (l *launcher) setDevice(device string) {
 	l.mu.Unlock()
 }
 
-// launch is start for servers after the first. Where the program of today does
+// begin starts the first server.
+func (l *launcher) begin(ctx context.Context) (*keeper.Server, told, error) {
+	server, t, err := l.start(ctx, l.exe, l.words)
+	l.first = t
+	return server, t, err
+}
+
+// closed says why the last server did not close its store in order, if so.
+func (l *launcher) closed() error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.last == nil || l.last.ProcessState.Success() {
+		return nil
+	}
+	return fmt.Errorf("%w: its server ended with %v", errNotClosed, l.last.ProcessState)
+}
+
+// succeed starts a server that takes over from another. It must have the store
+// that the first one had: a filesystem that is mounted on the device would be
+// destroyed by the bytes of another, or by none.
+func (l *launcher) succeed(ctx context.Context, exe string) (*keeper.Server, told, error) {
+	server, t, err := l.start(ctx, exe, l.again)
+	if err != nil {
+		return nil, t, err
+	}
+	if t.UUID == l.first.UUID && t.Size == l.first.Size && (t.File == l.first.File || t.File == "" || l.first.File == "") {
+		return server, t, nil
+	}
+	server.Kill()
+	<-server.Exited
+	return nil, t, fmt.Errorf("%s: another store than the one that is served", l.again[len(l.again)-1])
+}
+
+// launch is begin for servers after the first. Where the program of today does
 // not come up, the one that this process was started from is tried.
 func (l *launcher) launch(ctx context.Context) (*keeper.Server, error) {
-	server, t, err := l.start(ctx, l.exe)
+	server, t, err := l.succeed(ctx, l.exe)
 	if err != nil {
 		var again error
-		if server, t, again = l.start(ctx, selfExe); again != nil {
+		if server, t, again = l.succeed(ctx, selfExe); again != nil {
 			return nil, err
 		}
 	}
@@ -168,8 +215,9 @@ func (l *launcher) launch(ctx context.Context) (*keeper.Server, error) {
 // selfExe is the program that this process runs, also when its file is gone.
 const selfExe = "/proc/self/exe"
 
-// start starts a server, the program exe, and waits until it is ready.
-func (l *launcher) start(ctx context.Context, exe string) (*keeper.Server, told, error) {
+// start starts a server, the program exe with words, and waits until it is
+// ready.
+func (l *launcher) start(ctx context.Context, exe string, words []string) (*keeper.Server, told, error) {
 	var t told
 	ours, theirs, err := attach.SocketPairs(l.conns)
 	if err != nil {
@@ -180,7 +228,7 @@ func (l *launcher) start(ctx context.Context, exe string) (*keeper.Server, told,
 		return nil, t, err
 	}
 	defer out.Close()
-	cmd := exec.Command(exe, l.words...)
+	cmd := exec.Command(exe, words...)
 	cmd.Args[0] = "cowdev"
 	cmd.Stderr = l.logs
 	cmd.ExtraFiles = append([]*os.File{in}, theirs...)
@@ -209,5 +257,8 @@ func (l *launcher) start(ctx context.Context, exe string) (*keeper.Server, told,
 		<-exited
 		return nil, t, quietError(max(cmd.ProcessState.ExitCode(), exitFailure)) // it has said why
 	}
+	l.mu.Lock()
+	l.last = cmd
+	l.mu.Unlock()
 	return &keeper.Server{Conns: ours, Exited: exited, Stop: end, Kill: kill}, t, nil
 }

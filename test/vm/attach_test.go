@@ -92,7 +92,7 @@ func (r *report) line(line string) {
 func TestKernelDevices(t *testing.T) {
 	names := []string{
 		"nbd_client_ext4", "survive_ext4", "survive_xfs", "mount_umount_merge", "resume", "gone_for_good",
-		"first_write_keeps_identity", "partition", "bad_input", "many_devices",
+		"name_taken", "first_write_keeps_identity", "partition", "bad_input", "many_devices",
 	}
 	n := numbers{rounds: 2, attaches: 1, devices: 4, limit: 60, budget: 60}
 	limit := guestLimit

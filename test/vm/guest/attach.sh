@@ -239,6 +239,29 @@ t_gone_for_good() {
 	rm -f $W/*
 }
 
+# A device that is free has its name taken while the server of before still
+# closes its store: the end of that one leaves the new device alone.
+t_name_taken() {
+	for i in 1 2; do truncate -s 16M $W/base$i.img; done
+	$C attach --detach $W/base1.img $W/cow1.img > /dev/null
+	keeper=$(value pid /run/cowdev/nbd0.json)
+	server=$(value server_pid /run/cowdev/nbd0.json)
+	kill -STOP "$server"
+	kill -TERM "$keeper"
+	kill -TERM "$keeper" # a second one changes nothing
+	wait_for 20 not_connected nbd0
+	$C attach --detach $W/base2.img $W/cow2.img > /tmp/said
+	same said "$(cat /tmp/said)" "ready: /dev/nbd0"
+	kill -CONT "$server"
+	wait_for 30 ended "$keeper"
+	dd if=/dev/urandom of=/dev/nbd0 bs=64k count=1 oflag=direct status=none
+	same "store of nbd0" "$(value cow /run/cowdev/nbd0.json)" $W/cow2.img
+	$C detach $W/cow2.img
+	no_leftovers
+	rm -f $W/*
+}
+ended() { ! kill -0 "$1" 2> /dev/null; }
+
 # Many devices at once, and nothing of them afterwards.
 t_many_devices() {
 	for i in $(seq "$DEVICES"); do truncate -s 16M $W/base$i.img; done
