@@ -69,6 +69,19 @@ func AttachLoop(path string, o LoopOptions) (*Loop, error) {
 	}
 }
 
+// OpenLoop returns the loop device name, which has the file back behind it.
+func OpenLoop(name, back string) (*Loop, error) {
+	dev, err := os.Open(name)
+	if err != nil {
+		return nil, err
+	}
+	if got := loopBack(dev); got != clip(back) {
+		dev.Close()
+		return nil, fmt.Errorf("%s: has %q behind it, expected %s", name, got, back)
+	}
+	return &Loop{name, clip(back), dev}, nil
+}
+
 // Path returns the device's name.
 func (l *Loop) Path() string { return l.name }
 

@@ -1,15 +1,19 @@
 package main
 
 import (
+	"bufio"
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"syscall"
 
 	"github.com/urfave/cli/v2"
 
 	"github.com/cowdev/cowdev/attach"
+	"github.com/cowdev/cowdev/internal/disk"
 )
 
 // attachLoop attaches a loop device over a FUSE file, and serves it until a
@@ -52,9 +56,18 @@ func attachLoop(c *cli.Context, ac attachConfig) (err error) {
 	if err != nil {
 		return err
 	}
-	// Who has it open without mounting it is served until he closes it: all
-	// that he writes would be lost.
-	defer func() { err = errors.Join(err, loop.Detach(context.Background())) }()
+	// Not held open: the last to close a device writes what the page cache has
+	// of it, and a thread of this process that waits for that keeps FUSE from
+	// ending when the process is killed; then all wait for ever.
+	if err := loop.Release(); err != nil {
+		return err
+	}
+	ended := false
+	defer func() {
+		if !ended {
+			err = errors.Join(err, endLoop(loop, dir, view.device.Release))
+		}
+	}()
 	ac.nbd.Size = view.device.Size()
 	told := ac.state(loop.Path(), attach.DriverLoop, view.store.Header().UUID.String())
 	told.FuseDir = dir
@@ -62,30 +75,85 @@ func attachLoop(c *cli.Context, ac attachConfig) (err error) {
 		return err
 	}
 	s = told
-	holdLoop(c, loop, signals)
-	view.device.Release() // writes that wait for room would wait for ever
-	return nil
+	err = holdLoop(c, loop, dir, signals, view.device.Release)
+	ended = true
+	return err
 }
 
 // fuseDirOf begins the name of the directory that a process mounts its FUSE
 // filesystem at; the rest is random.
 const fuseDirOf = "fuse-%d-"
 
-// holdLoop waits for a signal that finds the device unused, and leaves it
-// reserved.
-func holdLoop(c *cli.Context, loop *attach.Loop, signals <-chan os.Signal) {
+// holdLoop waits for a signal that finds the device unused, and has it ended
+// then.
+func holdLoop(c *cli.Context, loop *attach.Loop, dir string, signals <-chan os.Signal, release func()) error {
 	for sig := range signals {
 		if sig == syscall.SIGUSR2 {
 			warn(c, "%s: a loop device cannot be handed over", loop.Path())
 			continue
 		}
-		if free, err := loop.Reserve(); free {
-			return
-		} else if err != nil {
-			warn(c, "%s: is it in use? %v", loop.Path(), err)
-		} else {
-			warn(c, "%s is in use, and would not outlive this process: unmount it first", loop.Path())
+		err := endLoop(loop, dir, release)
+		if exitStatus(err) != exitLocked {
+			return err
 		}
+		warn(c, "%s is in use, and would not outlive this process: unmount it first", loop.Path())
+	}
+	return nil
+}
+
+// endLoop ends the device by another process, see attachLoop, or fails with
+// exitLocked where it is in use. Once it is not it calls release: writes that
+// wait for room would wait for ever. Who has the device open without mounting it
+// is waited for: all that he writes would be lost.
+func endLoop(loop *attach.Loop, dir string, release func()) error {
+	s := attach.State{FuseDir: dir}
+	cmd := exec.Command(selfExe, "attach-end", "--", loop.Path(), s.FusePath())
+	cmd.Args[0] = "cowdev"
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // signals of a terminal are not for it
+	var said bytes.Buffer
+	cmd.Stderr = &said
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		return err
+	}
+	if err := cmd.Start(); err != nil {
+		return err
+	}
+	if line, _ := bufio.NewReader(out).ReadString('\n'); line != "" {
+		release()
+	}
+	err = cmd.Wait()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) {
+		err = statusError{fmt.Errorf("end %s: %w: %s", loop.Path(), err, bytes.TrimSpace(said.Bytes())), max(exit.ExitCode(), exitFailure)}
+	}
+	return err
+}
+
+// attachEndCommand ends a loop device for the process that serves it.
+func attachEndCommand() *cli.Command {
+	return &cli.Command{
+		Name:      "attach-end",
+		Hidden:    true,
+		Usage:     "End a loop device that cowdev attach serves",
+		ArgsUsage: "DEVICE FILE",
+		Action: func(c *cli.Context) error {
+			args, err := arguments(c, c.Command.ArgsUsage)
+			if err != nil {
+				return err
+			}
+			loop, err := attach.OpenLoop(args[0], args[1])
+			if err != nil {
+				return err
+			}
+			if free, err := loop.Reserve(); err != nil {
+				return err
+			} else if !free {
+				return fmt.Errorf("%s: in use: %w", args[0], disk.ErrLocked)
+			}
+			fmt.Fprintln(c.App.Writer, "reserved")
+			return loop.Detach(context.Background())
+		},
 	}
 }
 

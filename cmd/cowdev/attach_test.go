@@ -10,6 +10,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -68,6 +69,29 @@ func TestLoopSignalledAgain(t *testing.T) {
 	expectGone(t, s)
 	if info := mustRun(t, dir, "info", "cow.img"); strings.Contains(info, "not closed in order") {
 		t.Errorf("the store was not closed in order:\n%s", info)
+	}
+}
+
+// A device's process that is killed while the page cache has much to write to the
+// device goes, and so does the device: nobody waits for what only it would answer.
+func TestLoopKilledWhileDirty(t *testing.T) {
+	needMounts(t)
+	for _, ending := range []bool{false, true} {
+		dir := newBase(t)
+		s := attached(t, dir)
+		device, err := os.OpenFile(s.Device, os.O_WRONLY, 0)
+		must(t, err)
+		_, err = device.WriteAt(bytes.Repeat([]byte("cows"), 3<<20), 0)
+		must(t, err)
+		if ending { // who closes it last writes
+			must(t, syscall.Kill(s.PID, syscall.SIGTERM))
+		}
+		must(t, errors.Join(syscall.Kill(s.PID, syscall.SIGKILL), device.Close()))
+		within(t, "the process is gone", func() bool { return !fileExists("/proc/" + strconv.Itoa(s.PID)) })
+		if now, err := attach.DefaultStates.Find(s.COW); err == nil {
+			must(t, removeOrphan(now))
+		}
+		expectGone(t, s)
 	}
 }
 

@@ -30,6 +30,7 @@ func verbs() []*cli.Command {
 		whyCommand(),
 		attachCommand(),
 		attachServerCommand(),
+		attachEndCommand(),
 		detachCommand(),
 		mountCommand(),
 		umountCommand(),
