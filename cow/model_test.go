@@ -70,8 +70,15 @@ func walk(t *testing.T, seed uint64) {
 		t.Fatal(err)
 	}
 	mem := crash.NewMemory()
+	var capacity int64
+	if rng.IntN(2) == 0 { // as on a block device, which keeps what was in a slot
+		capacity = 2 << 20
+		if err := file.Truncate(capacity); err != nil {
+			t.Fatal(err)
+		}
+	}
 	open := func() *cow.Device {
-		s, err := exception.Open(file, exception.Options{Memory: mem, Log: t.Logf})
+		s, err := exception.Open(file, exception.Options{Memory: mem, Capacity: capacity})
 		if err != nil {
 			t.Fatalf("seed %d: open: %v", seed, err)
 		}

@@ -385,7 +385,7 @@ func (s *Store) settle() error {
 // shrinkLog gives back the space of the log, which is empty, but for what the
 // next session begins with.
 func (s *Store) shrinkLog() {
-	if first := s.shape.step(); s.log.written > first && s.opts.Capacity == 0 {
+	if first := s.shape.step(); s.log.written > first {
 		s.punch(s.shape.logOff()+first, s.log.written-first)
 	}
 }

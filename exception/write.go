@@ -350,7 +350,14 @@ func (s *Store) punchPages() {
 	}
 }
 
+// punch gives back [off, off+n) of the file. A block device keeps its room: what
+// is there is not read before it is written again, writing zeros to all of it
+// may take hours, and of one that is thin, others could have taken the room by
+// then.
 func (s *Store) punch(off, n int64) {
+	if s.opts.Capacity > 0 {
+		return
+	}
 	if err := s.file.PunchHole(off, n); err != nil {
 		s.logf("give back %d bytes of the store at %d: %v; they stay taken", n, off, err)
 	}
