@@ -159,7 +159,7 @@ func (m Shared) Peek(u UUID, n int64) (Area, error) {
 	if err != nil {
 		return nil, err
 	}
-	f, err := os.OpenFile(m.Path(u), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	f, err := os.OpenFile(m.Path(u), os.O_RDONLY|unix.O_NOFOLLOW|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
 	if errors.Is(err, os.ErrNotExist) {
 		return area, nil
 	}

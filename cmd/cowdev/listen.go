@@ -152,17 +152,35 @@ func listenUnix(path string, mode fs.FileMode, gid int) (net.Listener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("%s: listen: %w", path, bareError(err))
 	}
-	if gid >= 0 {
+	l.SetUnlinkOnClose(false)
+	own := &unixListener{UnixListener: l, path: path}
+	own.file, err = os.Lstat(path)
+	if err == nil && gid >= 0 {
 		err = os.Chown(path, -1, gid)
 	}
 	if err == nil {
 		err = os.Chmod(path, mode)
 	}
 	if err != nil {
-		l.Close()
+		own.Close()
 		return nil, err
 	}
-	return l, nil
+	return own, nil
+}
+
+// A unixListener removes its socket when it is closed, and no other that has
+// come to its path since.
+type unixListener struct {
+	*net.UnixListener
+	path string
+	file fs.FileInfo
+}
+
+func (l *unixListener) Close() error {
+	if now, err := os.Lstat(l.path); err == nil && os.SameFile(now, l.file) {
+		os.Remove(l.path)
+	}
+	return l.UnixListener.Close()
 }
 
 // removeStale removes a socket that was left behind; it refuses one that is

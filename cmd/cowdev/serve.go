@@ -429,7 +429,8 @@ func description(base string) string {
 
 // A stopper ends the server by signals: SIGINT and SIGTERM in order, a second
 // one at once, since a client that takes no replies holds the first one up for
-// ever. SIGHUP reads certificates again, and without any ends the server as the
+// ever. One that comes within twinSignal of the first is the same request: from
+// timeout(1) a command has it once for itself and once for its group. SIGHUP reads certificates again, and without any ends the server as the
 // others do.
 type stopper struct {
 	ctx     context.Context
@@ -437,22 +438,27 @@ type stopper struct {
 	signals chan os.Signal
 }
 
+const twinSignal = 100 * time.Millisecond
+
 func stopSignals(c *cli.Context, certs *nbdserver.Certificates) *stopper {
 	s := &stopper{signals: make(chan os.Signal, 2)}
 	s.ctx, s.cancel = context.WithCancel(context.Background())
 	signal.Notify(s.signals, syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	go func() {
+		var first time.Time
 		for sig := range s.signals {
 			switch {
 			case sig == syscall.SIGHUP && certs != nil:
 				if err := certs.Reload(); err != nil {
 					warn(c, "%v; the certificates from before stay in use", err)
 				}
+			case s.ctx.Err() != nil && time.Since(first) < twinSignal:
 			case s.ctx.Err() != nil:
 				signal.Reset() // where nobody reads the message, a third one ends it
 				warn(c, "ended at once by a second signal, without closing in order")
 				os.Exit(exitFailure)
 			default:
+				first = time.Now()
 				s.cancel()
 			}
 		}

@@ -133,6 +133,7 @@ func testSecondSignal(t *testing.T, second os.Signal) {
 	if !served(t, dir) {
 		t.Fatal("the server ended before its client had its reply")
 	}
+	time.Sleep(2 * twinSignal) // it is no twin of the first
 	must(t, server.Process.Signal(second))
 	server.Wait()
 	if got := server.ProcessState.ExitCode(); got != exitFailure {
