@@ -37,8 +37,9 @@ type ExtractOptions struct {
 // Zeros become holes. A directory that exists is filled; a file that exists is
 // fs.ErrExist without Replace. With it a device or fifo that is there already
 // is left as it is. Nothing is written outside root, whatever links there are.
-// The end of ctx is an error; no file is left in part after one. It returns the paths, from f, of files that were passed over: sockets, and
-// without Archive devices.
+// The end of ctx is an error; no file is left in part after one. It returns the
+// paths, from f, of files that were passed over: sockets, and without Archive
+// devices.
 func Extract(ctx context.Context, f File, root *os.Root, name string, o ExtractOptions) (skipped []string, err error) {
 	x := &extractor{ctx: ctx, root: root, o: o, made: map[uint64]string{}}
 	err = Walk(name, f, x.one)

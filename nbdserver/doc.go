@@ -35,13 +35,14 @@
 // out of order, as NBD allows: a READ of more than 1 MiB, or of bytes that are
 // not known to be in memory unless it is small and alone; a change with FUA
 // and a FLUSH when something else waits or flushes have been slow; a large
-// TRIM or WRITE_ZEROES; CACHE and BLOCK_STATUS; any change to a device
-// that says MayBlock, and before it does to one that says Parks, unless it is a
-// WRITE of at most 64 KiB, which WriteBatch does or leaves for a worker. WRITEs of
-// more than 1 MiB are not copied, and are not covered by what follows. So a slow request holds up nobody, on its own connection
-// or another, until its connection has 64 of them. READs from the disk that
-// came together share eight workers, each of which takes the next: eight slow
-// ones hold up the rest of those. Where there are more
+// TRIM or WRITE_ZEROES; CACHE and BLOCK_STATUS; and any change to a device
+// that says MayBlock, or Parks: that it may come to block in the middle of a
+// change. (To the latter, WRITEs of at most 64 KiB are tried first, by
+// WriteBatch; those of more than 1 MiB are not copied, and do block.) So a slow
+// request holds up nobody, on its own connection or another, until its
+// connection has 64 of them. READs from the disk that came together share eight
+// workers, each of which takes the next: eight slow ones hold up the rest of
+// those. Where there are more
 // connections than two for each goroutine that Go runs at once, one that has
 // been served 64 requests or 1 MiB and still has some lets the others run. A
 // client in the handshake does so after each option.

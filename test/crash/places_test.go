@@ -18,28 +18,13 @@ func TestVerbsElsewhere(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("small filesystems and loop devices: need root")
 	}
-	limit := 7 * time.Second
-	if long() {
-		limit = campaignTime(t) / 4
-	}
-	var counts verbCounts
-	begin, first := time.Now(), firstSeed()
-	seed := first
-	for ; time.Since(begin) < limit && !t.Failed(); seed++ {
-		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			v := newVerbsElsewhere(t, seed)
-			v.count = &counts
-			for range 12 {
-				v.step()
-			}
-			v.makeRoom()
-			v.session()
-			v.merge()
-			v.close(v.cow)
-			v.run("0", "check", v.cow, v.base, "--deep")
-		})
-	}
-	t.Logf("%d sequences: %+v in %.1fs", seed-first, counts, time.Since(begin).Seconds())
+	sequences(t, 7*time.Second, newVerbsElsewhere, func(v *verbs) {
+		v.makeRoom()
+		v.session()
+		v.merge()
+		v.close(v.cow)
+		v.run("0", "check", v.cow, v.base, "--deep")
+	})
 }
 
 // A place is where the store and the base of verbs lie.

@@ -28,25 +28,32 @@ import (
 )
 
 func TestVerbs(t *testing.T) {
-	limit := 6 * time.Second
+	sequences(t, 6*time.Second, newVerbs, func(v *verbs) {
+		v.session()
+		v.close(v.cow)
+	})
+}
+
+// sequences does sequences of verbs, each of a seed of its own, until limit, or
+// as long as a campaign lasts, and ends each by end.
+func sequences(t *testing.T, limit time.Duration, begin func(*testing.T, uint64) *verbs, end func(*verbs)) {
 	if long() {
 		limit = campaignTime(t) / 4
 	}
 	var counts verbCounts
-	begin, first := time.Now(), firstSeed()
+	began, first := time.Now(), firstSeed()
 	seed := first
-	for ; time.Since(begin) < limit && !t.Failed(); seed++ {
+	for ; time.Since(began) < limit && !t.Failed(); seed++ {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			v := newVerbs(t, seed)
+			v := begin(t, seed)
 			v.count = &counts
 			for range 12 {
 				v.step()
 			}
-			v.session()
-			v.close(v.cow)
+			end(v)
 		})
 	}
-	t.Logf("%d sequences: %+v in %.1fs", seed-first, counts, time.Since(begin).Seconds())
+	t.Logf("%d sequences: %+v in %.1fs", seed-first, counts, time.Since(began).Seconds())
 }
 
 type verbCounts struct {
