@@ -148,13 +148,13 @@ func (s *Store) getReady() error {
 			return err
 		}
 	}
-	if s.shape.Clean { // else distrust chose a superblock, and recover syncs
-		if err := s.sync(); err != nil { // the superblocks themselves may be a dead process's (R13)
-			return err
-		}
-		if err := s.findBelieved(); err != nil {
-			return err
-		}
+	// What a dead process wrote can be read, and yet not be durable (R13), the
+	// superblocks themselves too.
+	if err := s.sync(); err != nil {
+		return err
+	}
+	if err := s.findBelieved(); err != nil {
+		return err
 	}
 	s.ready = true
 	return nil
@@ -239,12 +239,9 @@ func (s *Store) writtenLog() (int64, error) {
 }
 
 // recover makes the file say by itself what its log, or the memory of a dead
-// process, says. It may be cut off anywhere and begun again.
+// process, says. What can be read is durable: getReady saw to it. It may be cut
+// off anywhere and begun again.
 func (s *Store) recover() error {
-	// What a dead process wrote can be read, and yet not be durable (R13).
-	if err := s.sync(); err != nil {
-		return err
-	}
 	if s.adopted {
 		s.commitAdopted()
 	} else if o := s.replayed.Load(); o != nil {

@@ -127,3 +127,69 @@ func TestFoundFailedSyncToldOnce(t *testing.T) {
 	}
 	s.Abandon()
 }
+
+// TestFoundBaseSetAfterDeath lets a process die at each step of a session's
+// begin, and cuts the power while the next one, which has not begun its own,
+// records the base's identity. What the dead one wrote of the superblocks may be
+// in the page cache alone: the other copy is the only one until it is durable.
+func TestFoundBaseSetAfterDeath(t *testing.T) {
+	base := make([]byte, 16384)
+	f := disktest.New(1)
+	if err := exception.Create(f, exception.Params{Geometry: block.Geometry{Size: 16384, ChunkSize: 8192}, LogSize: 32 << 10}); err != nil {
+		t.Fatal(err)
+	}
+	mem := NewMemory()
+	s, dev, err := open(base, f, exception.Options{Memory: mem})
+	if err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	deaths := 0
+	f.OnStep = func(op disktest.Op, phase disktest.Phase) {
+		if op.Kind != disktest.Read {
+			deaths++
+			var left *Memory
+			g := f.Fork(func() { left = mem.Copy() })
+			cutSetBase(t, g, left, rng)
+		}
+	}
+	for range 2 {
+		if _, err := dev.WriteAt(make([]byte, 512), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f.OnStep = nil
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if deaths == 0 {
+		t.Fatal("no step to die in")
+	}
+}
+
+// cutSetBase opens the store in f, sets its base, and cuts the power on copies in
+// each step.
+func cutSetBase(t *testing.T, f *disktest.File, mem *Memory, rng *rand.Rand) {
+	base := make([]byte, 16384)
+	s, _, err := open(base, f, exception.Options{Memory: mem})
+	if err != nil {
+		t.Fatal(err)
+	}
+	f.OnStep = func(op disktest.Op, phase disktest.Phase) {
+		if op.Kind == disktest.Read {
+			return
+		}
+		for range 20 {
+			left, _, err := open(base, f.Crash(rng), exception.Options{})
+			if err != nil {
+				t.Fatalf("power cut in %v, %v: %v", op, phase, err)
+			}
+			left.Abandon()
+		}
+	}
+	if err := s.SetBase([]byte("another")); err != nil {
+		t.Fatal(err)
+	}
+	f.OnStep = nil
+	s.Abandon()
+}

@@ -183,14 +183,14 @@ var mutants = []mutant{
 	{
 		name: "open-believes-the-cache", breaks: "R13: nothing is synced before the recovery's first write",
 		file: "exception/recover.go", mode: alone,
-		old: "\t// What a dead process wrote can be read, and yet not be durable (R13).\n\tif err := s.sync(); err != nil {\n\t\treturn err\n\t}\n",
-		new: "",
+		old: "if err := s.sync(); err != nil {\n\t\treturn err\n\t}\n\tif err := s.findBelieved()",
+		new: "if !s.shape.Clean {\n\t} else if err := s.sync(); err != nil {\n\t\treturn err\n\t}\n\tif err := s.findBelieved()",
 	},
 	{
 		name: "clean-open-believes-the-cache", breaks: "R13: a clean store's superblock may be in the page cache alone",
 		file: "exception/recover.go", mode: each,
-		old: "if err := s.sync(); err != nil { // the superblocks",
-		new: "if err := error(nil); err != nil { // the superblocks",
+		old: "if err := s.sync(); err != nil {\n\t\treturn err\n\t}\n\tif err := s.findBelieved()",
+		new: "if s.shape.Clean {\n\t} else if err := s.sync(); err != nil {\n\t\treturn err\n\t}\n\tif err := s.findBelieved()",
 	},
 	{
 		name: "no-barrier", breaks: "R6: replay puts inline data over newer data in place",
