@@ -62,9 +62,15 @@ func OpenOS(path string, flags int) (*OS, error) {
 
 // CreateOS makes a file for path, which must not exist. It has no name until
 // Publish: nobody finds it half made, and nothing is left of it if the process
-// dies. On a filesystem that cannot do that it has its name at once.
+// dies. On a filesystem that cannot do that, or without /proc, it has its name
+// at once.
 func CreateOS(path string) (*OS, error) {
 	fd, err := unix.Open(filepath.Dir(path), unix.O_RDWR|unix.O_TMPFILE|unix.O_CLOEXEC, 0o666)
+	if err == nil {
+		if err = unix.Access(procPath(fd), unix.F_OK); err != nil {
+			unix.Close(fd)
+		}
+	}
 	if err != nil {
 		return OpenOS(path, os.O_RDWR|os.O_CREATE|os.O_EXCL)
 	}
@@ -75,14 +81,16 @@ func CreateOS(path string) (*OS, error) {
 	return o, err
 }
 
+// procPath is a name of the open file fd, as long as it is open.
+func procPath(fd int) string { return fmt.Sprintf("/proc/self/fd/%d", fd) }
+
 // Publish gives a file of CreateOS its name. It wraps fs.ErrExist where another
 // file has that by now.
 func (o *OS) Publish() error {
 	if !o.nameless {
 		return nil
 	}
-	self := fmt.Sprintf("/proc/self/fd/%d", o.fd)
-	if err := unix.Linkat(unix.AT_FDCWD, self, unix.AT_FDCWD, o.Name(), unix.AT_SYMLINK_FOLLOW); err != nil {
+	if err := unix.Linkat(unix.AT_FDCWD, procPath(o.fd), unix.AT_FDCWD, o.Name(), unix.AT_SYMLINK_FOLLOW); err != nil {
 		return fmt.Errorf("%s: %w", o.Name(), err)
 	}
 	o.nameless = false
@@ -263,7 +271,7 @@ func (o *OS) Sync() error {
 // Split opens the file a second time, so that SyncBeside learns of every error
 // that Sync learns of. Without it the two are the same.
 func (o *OS) Split() error {
-	f, err := os.OpenFile(fmt.Sprintf("/proc/self/fd/%d", o.fd), os.O_RDONLY|unix.O_NONBLOCK, 0)
+	f, err := os.OpenFile(procPath(o.fd), os.O_RDONLY|unix.O_NONBLOCK, 0)
 	if err != nil {
 		return fmt.Errorf("%s: open it once more: %w", o.Name(), err)
 	}
