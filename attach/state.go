@@ -211,8 +211,8 @@ func (d States) List() ([]*State, error) {
 }
 
 // Find returns the state of a device, of the device that a store is attached
-// to, or of the one on which DIR was mounted by cowdev. It wraps
-// ErrNotAttached when there is none.
+// to, or of the one on which DIR was mounted by cowdev; of several, one whose
+// process lives, if any does. It wraps ErrNotAttached when there is none.
 func (d States) Find(what string) (*State, error) {
 	states, err := d.List()
 	if err != nil {
@@ -222,12 +222,22 @@ func (d States) Find(what string) (*State, error) {
 	if abs, err := filepath.Abs(what); err == nil {
 		path = abs
 	}
+	var found *State
 	for _, s := range states {
-		if s.Device == path || s.COW == path || slices.Contains(s.Mounts, path) || sameFile(s.COW, path) {
+		if s.Device != path && s.COW != path && !slices.Contains(s.Mounts, path) && !sameFile(s.COW, path) {
+			continue
+		}
+		if s.Alive() {
 			return s, nil
 		}
+		if found == nil {
+			found = s
+		}
 	}
-	return nil, fmt.Errorf("%s: %w, or not by cowdev", what, ErrNotAttached)
+	if found == nil {
+		return nil, fmt.Errorf("%s: %w, or not by cowdev", what, ErrNotAttached)
+	}
+	return found, nil
 }
 
 // Mounted returns the state of the device that cowdev mounted at dir, an

@@ -71,6 +71,29 @@ func TestStatesOfOthers(t *testing.T) {
 	}
 }
 
+// A store that was attached anew is found where it is now, whatever a process
+// that is gone has left.
+func TestStatesFindLiving(t *testing.T) {
+	d := States(t.TempDir())
+	own := Born(os.Getpid())
+	left := &State{Device: "/dev/nbd3", Driver: DriverNBD, PID: os.Getpid(), Born: own - 1, COW: "/cow.img"}
+	now := &State{Device: "/dev/nbd4", Driver: DriverNBD, PID: os.Getpid(), Born: own, COW: "/cow.img"}
+	if err := errors.Join(d.Save(left), d.Save(now)); err != nil {
+		t.Fatal(err)
+	}
+	for what, device := range map[string]string{"/cow.img": now.Device, left.Device: left.Device} {
+		if got, err := d.Find(what); err != nil || got.Device != device {
+			t.Errorf("%s: %+v, %v, expected %s", what, got, err, device)
+		}
+	}
+	if err := d.Remove(now); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := d.Find("/cow.img"); err != nil || got.Device != left.Device {
+		t.Errorf("with the dead alone: %+v, %v", got, err)
+	}
+}
+
 func TestNBDIndex(t *testing.T) {
 	if n, err := NBDIndex("/dev/nbd12"); n != 12 || err != nil {
 		t.Errorf("/dev/nbd12: %d, %v", n, err)
