@@ -192,7 +192,7 @@ func (d *doctor) device(s *attach.State) {
 		if isNBD {
 			d.blockSize(s.Device)
 		}
-	case isNBD && gone:
+	case isNBD && gone && s.Failure == "":
 		d.find(s.Device, fmt.Sprintf("process %d, which held it, is gone, and so is the device", s.PID),
 			"forget it", func() error { return attach.DefaultStates.Remove(s) })
 	case !gone && attach.MountOf(s.Device) != "" && isNBD:
@@ -209,8 +209,11 @@ func (d *doctor) device(s *attach.State) {
 		}
 		d.find(s.Device, fmt.Sprintf("mounted at %s, and process %d, which served it, is gone for good", dir, s.PID), cure, nil)
 	default:
-		d.find(s.Device, fmt.Sprintf("process %d, which served it, is gone", s.PID),
-			"detach it, and close its store in order", func() error { return detachOrphan(d.c, s) })
+		problem := fmt.Sprintf("process %d, which served it, is gone", s.PID)
+		if s.Failure != "" {
+			problem += ": " + s.Failure
+		}
+		d.find(s.Device, problem, "detach it, and close its store in order", func() error { return detachOrphan(d.c, s) })
 	}
 }
 

@@ -279,6 +279,29 @@ func TestDoctorMendsLeftovers(t *testing.T) {
 	}
 }
 
+// A device that is gone, and whose server could not close the store, is not
+// forgotten before somebody has.
+func TestDoctorClosesStore(t *testing.T) {
+	if !alone(t) {
+		return
+	}
+	dir := newBase(t)
+	cow := filepath.Join(dir, "cow.img")
+	server := startServer(t, dir)
+	kill(t, server)
+	must(t, os.Remove(cow+".sock"))
+	store, err := lookAt(cow)
+	must(t, err)
+	must(t, attach.DefaultStates.Save(&attach.State{
+		Device: "/dev/nbd5", Driver: attach.DriverNBD, PID: server.Process.Pid, UUID: store.UUID,
+		Base: filepath.Join(dir, "base.img"), COW: cow, Failure: "its server was killed",
+	}))
+	expectMended(t, dir, []finding{{Object: "/dev/nbd5", Problem: "is gone: its server was killed"}})
+	if info := mustRun(t, dir, "info", "cow.img"); strings.Contains(info, "not closed in order") {
+		t.Errorf("the store was not closed in order:\n%s", info)
+	}
+}
+
 // An interrupted merge is the user's to finish, by the command that is told:
 // base and store are as good meanwhile, and it may take hours.
 func TestDoctorTellsHalfMerged(t *testing.T) {
