@@ -165,7 +165,9 @@ func (v *view) openStore(c *cli.Context, path string, o viewOptions) error {
 		v.base.BeginSample() // for recognise, while the store is loaded
 	}
 	o.store.ReadOnly = o.readOnly
-	o.store.Log = func(format string, args ...any) { warn(c, "%s: %s", cmp.Or(path, "the overlay"), fmt.Sprintf(format, args...)) }
+	o.store.Log = func(format string, args ...any) {
+		warn(c, "%s: %s", cmp.Or(path, "the overlay"), fmt.Sprintf(format, args...))
+	}
 	store, err := exception.Open(f, o.store)
 	if err != nil {
 		return v.storeError(path, err)
