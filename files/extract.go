@@ -8,6 +8,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"syscall"
 
@@ -27,6 +28,10 @@ type ExtractOptions struct {
 	// links that exist. Whatever else exists is in the way: a device in the
 	// destination may be one that the machine runs on.
 	Replace bool
+
+	// Keep are files that are in the way with Replace too: those that the image
+	// is read from.
+	Keep []fs.FileInfo
 
 	// Encrypted is told the path of what is encrypted, and is passed over with
 	// all below it. Where it is nil that is an error.
@@ -148,6 +153,9 @@ func (x *extractor) clear(name string, a Attr) (kept bool, err error) {
 	}
 	if err != nil {
 		return false, err
+	}
+	if slices.ContainsFunc(x.o.Keep, func(keep fs.FileInfo) bool { return os.SameFile(info, keep) }) {
+		return false, fmt.Errorf("the image itself is there: %w", unix.EEXIST)
 	}
 	typ := info.Mode().Type()
 	if typ == 0 || typ == fs.ModeSymlink {

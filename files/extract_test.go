@@ -70,6 +70,15 @@ func TestExtractOver(t *testing.T) {
 	if _, err := Extract(t.Context(), f, root, "a", ExtractOptions{Replace: true}); err != nil {
 		t.Errorf("replaced: %v", err)
 	}
+	for path, want := range map[string]error{filepath.Join(out, "a", "file"): fs.ErrExist, image: nil} {
+		kept, err := os.Stat(path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := Extract(t.Context(), f, root, "a", ExtractOptions{Replace: true, Keep: []fs.FileInfo{kept}}); !errors.Is(err, want) {
+			t.Errorf("with %s to be kept: %v, expected %v", path, err, want)
+		}
+	}
 	if err := os.Symlink(outside, filepath.Join(out, "b")); err != nil {
 		t.Fatal(err)
 	}

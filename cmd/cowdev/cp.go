@@ -47,7 +47,11 @@ func cp(c *cli.Context) error {
 		if err != nil {
 			return err
 		}
+		var inputs []fs.FileInfo
 		for _, input := range []string{args[0], c.String("cow")} {
+			if info, err := os.Stat(input); err == nil {
+				inputs = append(inputs, info)
+			}
 			if to := filepath.Join(dir, name); input != "" && sameFile(to, input) {
 				return usagef("cp: %s is %s itself; give another name", to, input)
 			}
@@ -59,7 +63,7 @@ func cp(c *cli.Context) error {
 		defer root.Close()
 		var encrypted []string
 		skipped, err := files.Extract(ctx, f, root, name, files.ExtractOptions{
-			Archive: c.Bool("archive"), Replace: c.Bool("force"),
+			Archive: c.Bool("archive"), Replace: c.Bool("force"), Keep: inputs,
 			Encrypted: func(name string) { encrypted = append(encrypted, filepath.Join(dir, name)) },
 		})
 		for _, s := range skipped {
