@@ -1,6 +1,7 @@
 package main
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -71,25 +72,35 @@ func attachSupervised(c *cli.Context, ac attachConfig) error {
 }
 
 // attachDirect attaches a device that this process serves itself.
-func attachDirect(c *cli.Context, ac attachConfig) (err error) {
+func attachDirect(c *cli.Context, ac attachConfig) error {
 	attach.Shield(false)
 	view, err := openView(c.Context, c, ac.serve.base, ac.serve.cow, ac.serve.view)
 	if err != nil {
 		return err
 	}
-	defer func() { err = errors.Join(err, view.Close()) }()
 	server, export, err := ac.serve.transmitter(c, view)
 	if err != nil {
-		return err
+		return errors.Join(err, view.Close())
 	}
 	dev, conns, err := ac.connect(tell(view, export))
 	if err != nil {
-		return err
+		return errors.Join(err, view.Close())
 	}
-	serve := func(ctx context.Context) error { return serveConns(ctx, c, dev, server, export, conns) }
+	var notClosed error
+	serve := func(ctx context.Context) error {
+		err := serveConns(ctx, c, dev, server, export, conns)
+		if e := view.Close(); e != nil {
+			notClosed = fmt.Errorf("%w: %w", errNotClosed, e)
+		}
+		return cmp.Or(err, notClosed)
+	}
 	s := ac.state(dev.Path(), attach.DriverNBD, dev.Config().Identifier)
 	s.Owner = dev.Owner()
-	return holdNBD(c, &ac, dev, s, serve, nil)
+	err = holdNBD(c, &ac, dev, s, serve, nil)
+	if notClosed != nil && !errors.Is(err, errNotClosed) { // the device is left as it is
+		err = errors.Join(err, notClosed)
+	}
+	return err
 }
 
 // serveConns serves a device's connections until the kernel said goodbye on
@@ -130,8 +141,8 @@ func serveConns(ctx context.Context, c *cli.Context, dev *attach.NBD, server *nb
 	}
 }
 
-// holdNBD holds a device for as long as serve serves it, and does what signals
-// ask for.
+// holdNBD holds a device for as long as serve serves it and closes its store, and
+// does what signals ask for.
 func holdNBD(c *cli.Context, ac *attachConfig, dev *attach.NBD, s *attach.State, serve func(context.Context) error, handOver func(context.Context) error) error {
 	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -143,6 +154,7 @@ func holdNBD(c *cli.Context, ac *attachConfig, dev *attach.NBD, s *attach.State,
 	if err := waitUsable(dev, served); err != nil {
 		dropNBD(dev, s)
 		cancel()
+		<-served
 		return err
 	}
 	if err := announce(c, ac, s); err != nil {
@@ -220,17 +232,24 @@ func dropNBD(dev *attach.NBD, s *attach.State) error {
 	return errors.Join(err, attach.DefaultStates.Remove(s))
 }
 
+// loseNBD disconnects dev, whose store was not closed in order because of why, and
+// has that told to who detaches it.
+func loseNBD(dev *attach.NBD, s *attach.State, why error) error {
+	ctx, cancel := limited()
+	defer cancel()
+	return errors.Join(dev.Disconnect(ctx), forget(s, why))
+}
+
 // ended returns what the end of a device's server means.
 func ended(dev *attach.NBD, s *attach.State, err error) error {
 	switch {
-	case errors.Is(err, errNotClosed):
-		ctx, cancel := limited()
-		defer cancel()
-		return errors.Join(err, dev.Disconnect(ctx), forget(s, err))
 	case errors.Is(err, context.Canceled): // left for --resume
 		return nil
 	case errors.Is(err, keeper.ErrGaveUp):
-		return errors.Join(fmt.Errorf("%s: %w; its requests fail now", dev.Path(), err), dropNBD(dev, s))
+		err = fmt.Errorf("%s: %w; its requests fail now", dev.Path(), err)
+		return errors.Join(err, loseNBD(dev, s, err))
+	case errors.Is(err, errNotClosed):
+		return errors.Join(err, loseNBD(dev, s, err))
 	case err != nil:
 		return err
 	}

@@ -7,6 +7,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"io"
 	"os"
 	"path/filepath"
@@ -18,6 +19,7 @@ import (
 	"github.com/urfave/cli/v2"
 
 	"github.com/cowdev/cowdev/attach"
+	"github.com/cowdev/cowdev/internal/keeper"
 )
 
 // attached attaches base.img with cow.img in dir as a loop device.
@@ -153,6 +155,29 @@ func TestAttachForNobody(t *testing.T) {
 	}
 	if s, err := attach.DefaultStates.Find(filepath.Join(dir, "cow.img")); err == nil {
 		t.Errorf("a state is left: %+v", s)
+	}
+}
+
+// What is told of a device that ended without its store stays, with the reason;
+// detach would say else that all is durable.
+func TestEndedNotClosed(t *testing.T) {
+	if !alone(t) {
+		return
+	}
+	for err, stays := range map[error]bool{
+		nil:                                     false,
+		fmt.Errorf("%w: no room", errNotClosed): true,
+		fmt.Errorf("%w for 1m0s", keeper.ErrGaveUp): true,
+	} {
+		s := &attach.State{Device: "/dev/nbd0", Driver: attach.DriverNBD, PID: os.Getpid(), Born: attach.Born(os.Getpid())}
+		must(t, attach.DefaultStates.Save(s))
+		if got := ended(new(attach.NBD), s, err); !errors.Is(got, err) {
+			t.Errorf("%v: ended by %v", err, got)
+		}
+		now, e := attach.DefaultStates.Find(s.Device)
+		if stays != (e == nil && strings.Contains(now.Failure, err.Error())) || !stays && e == nil {
+			t.Errorf("%v: told is %+v (%v), expected that it stays: %v", err, now, e, stays)
+		}
 	}
 }
 

@@ -227,13 +227,14 @@ t_gone_for_good() {
 	grep -q "Input/output error" /tmp/said
 	$C detach /dev/nbd0
 	no_leftovers
-	# With a supervisor whose store is gone it is the same.
+	# With a supervisor whose base is gone it is the same.
 	$C attach --detach --dead-timeout 2s $W/base.img $W/cow.img > /dev/null
 	mv $W/base.img $W/elsewhere.img
 	kill -9 "$(value server_pid /run/cowdev/nbd0.json)"
 	wait_for 60 not_connected nbd0
 	wait_for 60 no_cowdev
-	rm -f /dev/shm/cowdev-* # of a server that never came back
+	mv $W/elsewhere.img $W/base.img
+	$C detach $W/cow.img # closes the store of a server that never came back
 	no_leftovers
 	dmesg -c > /dev/null # errors are what was wanted
 	rm -f $W/*
