@@ -42,10 +42,9 @@
 // request holds up nobody, on its own connection or another, until its
 // connection has 64 of them. READs from the disk that came together share eight
 // workers, each of which takes the next: eight slow ones hold up the rest of
-// those. Where there are more
-// connections than two for each goroutine that Go runs at once, one that has
-// been served 64 requests or 1 MiB and still has some lets the others run. A
-// client in the handshake does so after each option.
+// those. Where there are more connections than two for each goroutine that Go
+// runs at once, one that has been served 64 requests or 1 MiB and still has some
+// lets the others run. A client in the handshake does so after each option.
 //
 // # Rules
 //

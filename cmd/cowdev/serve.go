@@ -430,8 +430,8 @@ func description(base string) string {
 // A stopper ends the server by signals: SIGINT and SIGTERM in order, a second
 // one at once, since a client that takes no replies holds the first one up for
 // ever. One that comes within twinSignal of the first is the same request: from
-// timeout(1) a command has it once for itself and once for its group. SIGHUP reads certificates again, and without any ends the server as the
-// others do.
+// timeout(1) a command has it once for itself and once for its group. SIGHUP
+// reads certificates again, and without any ends the server as the others do.
 type stopper struct {
 	ctx     context.Context
 	cancel  context.CancelFunc
