@@ -151,18 +151,15 @@ type output struct {
 // newOutput opens the file. Errors tell of it by path, also while it has no
 // name: what the system would tell is its directory.
 func newOutput(path string) (*output, error) {
-	fd, err := unix.Open(filepath.Dir(path), unix.O_RDWR|unix.O_TMPFILE|unix.O_CLOEXEC, 0o666)
-	switch err {
-	case nil:
-		f, err := disk.NewOS(os.NewFile(uintptr(fd), path))
-		return &output{f: f}, err
-	case unix.EOPNOTSUPP, unix.EISDIR:
-	default:
-		return nil, fmt.Errorf("%s: %w", path, err)
+	f, err := disk.CreateNameless(path)
+	if err == nil {
+		return &output{f: f}, nil
+	}
+	if !errors.Is(err, errors.ErrUnsupported) {
+		return nil, err
 	}
 	temp := fmt.Sprintf("%s.cowdev-%d", path, os.Getpid())
-	f, err := disk.OpenOS(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL)
-	if err != nil {
+	if f, err = disk.OpenOS(temp, os.O_RDWR|os.O_CREATE|os.O_EXCL); err != nil {
 		return nil, err
 	}
 	return &output{f: f, temp: temp}, nil
@@ -170,14 +167,11 @@ func newOutput(path string) (*output, error) {
 
 // appear gives the file its name, unless that exists by now.
 func (o *output) appear(path string) error {
-	var err error
 	if o.temp == "" {
-		self := fmt.Sprintf("/proc/self/fd/%d", o.f.File().Fd())
-		err = unix.Linkat(unix.AT_FDCWD, self, unix.AT_FDCWD, path, unix.AT_SYMLINK_FOLLOW)
-	} else {
-		err = unix.Renameat2(unix.AT_FDCWD, o.temp, unix.AT_FDCWD, path, unix.RENAME_NOREPLACE)
-	}
-	if err != nil {
+		if err := o.f.Publish(); err != nil {
+			return err
+		}
+	} else if err := rename(o.temp, path); err != nil {
 		return fmt.Errorf("%s: %w", path, err)
 	}
 	o.temp = ""
@@ -187,6 +181,19 @@ func (o *output) appear(path string) error {
 	}
 	defer dir.Close()
 	return dir.Sync()
+}
+
+// rename gives the file at from the name to, which must be free.
+func rename(from, to string) error {
+	err := unix.Renameat2(unix.AT_FDCWD, from, unix.AT_FDCWD, to, unix.RENAME_NOREPLACE)
+	if err != unix.EINVAL && err != unix.ENOSYS {
+		return err
+	}
+	// NFS has no such renaming. A link is as safe.
+	if err := unix.Link(from, to); err != nil {
+		return err
+	}
+	return unix.Unlink(from)
 }
 
 // discard closes the file, which is gone unless it appeared.

@@ -65,20 +65,32 @@ func OpenOS(path string, flags int) (*OS, error) {
 // dies. On a filesystem that cannot do that, or without /proc, it has its name
 // at once.
 func CreateOS(path string) (*OS, error) {
+	if o, err := CreateNameless(path); err == nil {
+		return o, nil
+	}
+	return OpenOS(path, os.O_RDWR|os.O_CREATE|os.O_EXCL)
+}
+
+// CreateNameless is CreateOS where that can make a file without a name; else it
+// wraps errors.ErrUnsupported.
+func CreateNameless(path string) (*OS, error) {
 	fd, err := unix.Open(filepath.Dir(path), unix.O_RDWR|unix.O_TMPFILE|unix.O_CLOEXEC, 0o666)
-	if err == nil {
-		if err = unix.Access(procPath(fd), unix.F_OK); err != nil {
-			unix.Close(fd)
-		}
+	if err == unix.EISDIR { // a kernel that does not know the flag
+		err = unix.EOPNOTSUPP
 	}
 	if err != nil {
-		return OpenOS(path, os.O_RDWR|os.O_CREATE|os.O_EXCL)
+		return nil, fmt.Errorf("%s: %w", path, err)
 	}
 	o, err := NewOS(os.NewFile(uintptr(fd), path))
-	if err == nil {
-		o.nameless = true
+	if err != nil {
+		return nil, err
 	}
-	return o, err
+	if err := unix.Access(procPath(fd), unix.F_OK); err != nil { // Publish needs it
+		o.Close()
+		return nil, fmt.Errorf("%s: %w (%v)", path, errors.ErrUnsupported, err)
+	}
+	o.nameless = true
+	return o, nil
 }
 
 // procPath is a name of the open file fd, as long as it is open.
