@@ -28,6 +28,7 @@ type State struct {
 	Device      string        `json:"device"` // /dev/nbd3
 	Driver      string        `json:"driver"`
 	UUID        string        `json:"uuid"`            // the store's
+	File        string        `json:"file,omitempty"`  // of an nbd device: what tells the store's from its copies
 	PID         int           `json:"pid"`             // of the process that holds the device
 	Born        uint64        `json:"born,omitempty"`  // when PID began, see Born; its number may be another's later
 	Owner       string        `json:"owner,omitempty"` // of an nbd device, see OwnerNBD

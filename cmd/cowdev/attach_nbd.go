@@ -24,7 +24,7 @@ func (ac *attachConfig) connect(t told) (*attach.NBD, []net.Conn, error) {
 	if ac.resume == nil {
 		return attach.ConnectNBD(ac.nbd)
 	}
-	if t.UUID != ac.resume.UUID || t.Size != ac.resume.Size {
+	if !t.sameStore(told{UUID: ac.resume.UUID, Size: ac.resume.Size, File: ac.resume.File}) {
 		return nil, nil, fmt.Errorf("%s: another store than the one that %s was attached to (%s)", ac.serve.cow, ac.resume.Device, ac.resume.UUID)
 	}
 	ctx, cancel := limited()
@@ -66,7 +66,7 @@ func attachSupervised(c *cli.Context, ac attachConfig) error {
 		return launcher.closed()
 	}
 	s := ac.state(dev.Path(), attach.DriverNBD, t.UUID)
-	s.ServerPID, s.Owner = t.PID, dev.Owner()
+	s.ServerPID, s.Owner, s.File = t.PID, dev.Owner(), t.File
 	launcher.setDevice(s.Device)
 	return holdNBD(c, &ac, dev, s, serve, k.HandOver)
 }
@@ -82,7 +82,8 @@ func attachDirect(c *cli.Context, ac attachConfig) error {
 	if err != nil {
 		return errors.Join(err, view.Close())
 	}
-	dev, conns, err := ac.connect(tell(view, export))
+	t := tell(view, export)
+	dev, conns, err := ac.connect(t)
 	if err != nil {
 		return errors.Join(err, view.Close())
 	}
@@ -95,7 +96,7 @@ func attachDirect(c *cli.Context, ac attachConfig) error {
 		return cmp.Or(err, notClosed)
 	}
 	s := ac.state(dev.Path(), attach.DriverNBD, dev.Config().Identifier)
-	s.Owner = dev.Owner()
+	s.Owner, s.File = dev.Owner(), t.File
 	err = holdNBD(c, &ac, dev, s, serve, nil)
 	if notClosed != nil && !errors.Is(err, errNotClosed) { // the device is left as it is
 		err = errors.Join(err, notClosed)

@@ -181,6 +181,20 @@ func TestEndedNotClosed(t *testing.T) {
 	}
 }
 
+// A device that waits for its store is not given a copy of it.
+func TestResumeWantsItsStore(t *testing.T) {
+	ac := attachConfig{resume: &attach.State{Device: "/dev/nbd0", Driver: attach.DriverNBD, UUID: "u", Size: 1 << 20, File: "1-2-3-4"}}
+	for _, other := range []told{
+		{UUID: "u", Size: 1 << 20, File: "1-2-5-6"},
+		{UUID: "u", Size: 2 << 20, File: "1-2-3-4"},
+		{UUID: "v", Size: 1 << 20, File: "1-2-3-4"},
+	} {
+		if _, _, err := ac.connect(other); err == nil || !strings.Contains(err.Error(), "another store") {
+			t.Errorf("%+v: %v", other, err)
+		}
+	}
+}
+
 // A server that takes over from one that was killed gets the store that was
 // served, or none at all: a new one in its place, or a copy, would put other
 // bytes under a mounted filesystem.

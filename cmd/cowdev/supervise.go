@@ -40,6 +40,12 @@ func tell(v *view, export *nbdserver.Export) told {
 	return told{PID: os.Getpid(), UUID: v.store.Header().UUID.String(), Size: v.device.Size(), Flags: export.TransmissionFlags(), File: file}
 }
 
+// sameStore reports whether t and u tell of one store, as far as they know its
+// file: a copy of it, of whatever age, has its UUID.
+func (t told) sameStore(u told) bool {
+	return t.UUID == u.UUID && t.Size == u.Size && (t.File == u.File || t.File == "" || u.File == "")
+}
+
 // attachServerCommand is the server behind a supervisor. It serves the
 // connections that it was started with, and ends with them.
 func attachServerCommand() *cli.Command {
@@ -184,7 +190,7 @@ func (l *launcher) succeed(ctx context.Context, exe string) (*keeper.Server, tol
 	if err != nil {
 		return nil, t, err
 	}
-	if t.UUID == l.first.UUID && t.Size == l.first.Size && (t.File == l.first.File || t.File == "" || l.first.File == "") {
+	if t.sameStore(l.first) {
 		return server, t, nil
 	}
 	server.Kill()
