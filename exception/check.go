@@ -384,6 +384,9 @@ func (s spans) meets(off, end int64) bool {
 // as lines that name the offset, each followed by the bytes. The store is open
 // nowhere else.
 func Repair(f disk.File, rep *Report, keep io.Writer) ([]Problem, error) {
+	if err := f.Sync(); err != nil { // what is good may be in the page cache alone (R13)
+		return nil, err
+	}
 	r := &repairer{f: f, keep: keep}
 	var done []Problem
 	for _, p := range rep.Problems {

@@ -4,6 +4,7 @@ package crash
 
 import (
 	"bytes"
+	"io"
 	"math/rand/v2"
 	"sync/atomic"
 	"syscall"
@@ -192,4 +193,56 @@ func cutSetBase(t *testing.T, f *disktest.File, mem *Memory, rng *rand.Rand) {
 	}
 	f.OnStep = nil
 	s.Abandon()
+}
+
+// TestFoundRepairAfterDeath lets a process die while it writes a superblock, the
+// other go bad, and cuts the power while that is repaired. The good one may be in
+// the page cache alone.
+func TestFoundRepairAfterDeath(t *testing.T) {
+	base := make([]byte, 16384)
+	f := disktest.New(1)
+	if err := exception.Create(f, exception.Params{Geometry: block.Geometry{Size: 16384, ChunkSize: 8192}, LogSize: 32 << 10}); err != nil {
+		t.Fatal(err)
+	}
+	s, dev, err := open(base, f, exception.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var dead *disktest.File
+	f.OnStep = func(op disktest.Op, phase disktest.Phase) {
+		if dead == nil && op.Kind == disktest.Write && op.Off == 64<<10 && phase == disktest.Applied {
+			dead = f.Fork(nil)
+		}
+	}
+	if _, err := dev.WriteAt(make([]byte, 512), 0); err != nil {
+		t.Fatal(err)
+	}
+	f.OnStep = nil
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	dead.Poke([]byte("bad"), 0)
+	rep, err := exception.Check(dead)
+	if err != nil {
+		t.Fatal(err)
+	}
+	rng := rand.New(rand.NewPCG(1, 2))
+	writes := false
+	dead.OnStep = func(op disktest.Op, phase disktest.Phase) {
+		writes = writes || op.Kind == disktest.Write
+		if !writes || op.Kind == disktest.Read {
+			return // before, no copy may be good
+		}
+		for range 20 {
+			left, _, err := open(base, dead.Crash(rng), exception.Options{})
+			if err != nil {
+				t.Fatalf("power cut in %v, %v: %v", op, phase, err)
+			}
+			left.Abandon()
+		}
+	}
+	done, err := exception.Repair(dead, rep, io.Discard)
+	if err != nil || len(done) != 1 {
+		t.Fatalf("repaired: %v, %v", done, err)
+	}
 }
