@@ -134,7 +134,13 @@ func (s *Store) snapshot(chunks []block.Chunk) (changes []change, data []byte, w
 		s.Release(c)
 	}
 	s.commits.unsyncedMu.Lock()
-	s.commits.unsynced = append(s.commits.unsynced, changes...)
+	for _, ch := range changes {
+		// What was dropped before anybody asked for it is in no record
+		// either, so that no checkpoint would come to forget it.
+		if ch.mask&ch.entry.Stored() != 0 {
+			s.commits.unsynced = append(s.commits.unsynced, ch)
+		}
+	}
 	s.commits.unsyncedMu.Unlock()
 	s.live.snapshotTaken()
 	s.commits.data = data
