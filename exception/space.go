@@ -31,6 +31,8 @@ type extent struct{ first, n uint32 }
 
 func (e extent) end() uint32 { return e.first + e.n }
 
+func byFirst(a, b extent) int { return cmp.Compare(a.first, b.first) }
+
 // drain is a batch of extents, waiting for the readers of before an epoch.
 type drain struct {
 	epoch   uint64
@@ -69,12 +71,9 @@ func (s *space) cut(i int, n uint32) extent {
 	x := &s.free[i]
 	got := extent{x.first, n}
 	x.first, x.n = x.first+n, x.n-n
-	switch {
-	case x.n > 0:
-	case i == 0:
+	if x.n == 0 { // the few before it move, not the many behind
+		copy(s.free[1:], s.free[:i])
 		s.free = s.free[1:]
-	default:
-		s.free = slices.Delete(s.free, i, i+1)
 	}
 	return got
 }
@@ -130,19 +129,37 @@ func (s *space) waiting() bool {
 	return len(s.pending)+len(s.draining) > 0
 }
 
-// add makes extents free.
+// add makes extents free, which are in order. Writers wait meanwhile, and there
+// may be millions that are free already: they are moved, but only those looked
+// at that lie between the new ones.
 func (s *space) add(free []extent) {
 	if len(free) == 0 {
 		return
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.free = joined(append(s.free, free...))
+	from, to := len(s.free), 0 // where the new ones are
+	s.free = append(s.free, free...)
+	for k := len(free); k > 0; k-- {
+		x := free[k-1]
+		at, _ := slices.BinarySearchFunc(s.free[:from], x, byFirst)
+		copy(s.free[at+k:], s.free[at:from])
+		s.free[at+k-1] = x
+		from, to = at, max(to, at+k)
+	}
+	from, to = max(from-1, 0), min(to+1, len(s.free)) // with their neighbours
+	left := coalesced(s.free[from:to])
+	s.free = slices.Delete(s.free, from+len(left), to)
 }
 
 // joined sorts extents and makes neighbours one.
 func joined(x []extent) []extent {
-	slices.SortFunc(x, func(a, b extent) int { return cmp.Compare(a.first, b.first) })
+	slices.SortFunc(x, byFirst)
+	return coalesced(x)
+}
+
+// coalesced makes neighbours one in x, which is in order.
+func coalesced(x []extent) []extent {
 	out := x[:0]
 	for _, e := range x {
 		if n := len(out); n > 0 && out[n-1].end() == e.first {

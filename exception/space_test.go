@@ -98,3 +98,36 @@ func newBitmapWith(b *bitmap) *bitmap {
 	}
 	return c
 }
+
+// What is taken and given back costs, where a million pieces are free.
+func BenchmarkSpace(b *testing.B) {
+	const pieces = 1 << 20
+	fragmented := func() *space {
+		s := &space{name: "slots", next: 4 * pieces, limit: 1 << 30}
+		for i := range uint32(pieces) {
+			s.free = append(s.free, extent{4*i + 1, 1 + i%2})
+		}
+		return s
+	}
+	b.Run("take", func(b *testing.B) {
+		s := fragmented()
+		for b.Loop() {
+			if _, err := s.take(2, 1); err != nil { // the second piece, or from behind all
+				b.Fatal(err)
+			}
+			s.free[1].n = 2
+		}
+	})
+	b.Run("add", func(b *testing.B) {
+		s := fragmented()
+		rng := rand.New(rand.NewPCG(1, 1))
+		for b.Loop() {
+			i := rng.IntN(len(s.free) - 1)
+			x := extent{s.free[i].end(), 1}
+			if x.end() >= s.free[i+1].first {
+				continue
+			}
+			s.add([]extent{x})
+		}
+	})
+}
