@@ -22,6 +22,7 @@ type space struct {
 	next     uint32   // never used before
 	limit    uint32   // there is no room from here on
 	free     []extent // in order, never neighbours
+	rover    uint32   // take looks on from here for what is not among the lowest
 	pending  []extent
 	draining []drain
 }
@@ -39,12 +40,14 @@ type drain struct {
 	extents []extent
 }
 
-// maxLook is how many free extents are looked at for one that is long enough.
+// maxLook is how many free extents are looked at for one that is long enough,
+// of the lowest and of those from the rover on.
 const maxLook = 16
 
 // take returns n neighbours, or at least as many as least, that nobody has and
-// no reader sees, or ErrFull: the lowest, but rather n at another place than
-// fewer.
+// no reader sees, or ErrFull: among the lowest, but rather n at another place
+// than fewer. Free ones are taken before those that were never used, as far as
+// that is known without a look at all of them.
 func (s *space) take(n, least uint32) (extent, error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -52,6 +55,9 @@ func (s *space) take(n, least uint32) (extent, error) {
 		if s.free[i].n >= n {
 			return s.cut(i, n), nil
 		}
+	}
+	if i, ok := s.rove(n); ok {
+		return s.cut(i, n), nil
 	}
 	left := s.limit - s.next
 	switch {
@@ -64,6 +70,27 @@ func (s *space) take(n, least uint32) (extent, error) {
 	x := extent{s.next, min(n, left)}
 	s.next = x.end()
 	return x, nil
+}
+
+// rove looks for a free extent of more than n, so that something is left of it
+// and none moves, a few further each time, and stays with one that it found:
+// small ones below do not hide a large one for long.
+func (s *space) rove(n uint32) (i int, ok bool) {
+	if len(s.free) <= maxLook {
+		return 0, false
+	}
+	i, _ = slices.BinarySearchFunc(s.free, extent{first: s.rover}, byFirst)
+	for end := min(i+maxLook, len(s.free)); i < end; i++ {
+		if s.free[i].n > n {
+			s.rover = s.free[i].first + n
+			return i, true
+		}
+	}
+	s.rover = 0
+	if i < len(s.free) {
+		s.rover = s.free[i].first
+	}
+	return 0, false
 }
 
 // cut takes n from the beginning of the free extent i.

@@ -99,6 +99,26 @@ func newBitmapWith(b *bitmap) *bitmap {
 	return c
 }
 
+// A large free extent is found again behind many small ones: what was never
+// used is not taken instead for ever, which would make the file ever longer.
+func TestSpaceBehindSmallPieces(t *testing.T) {
+	const small, large = 1000, 4000
+	s := space{next: 2*small + large + 1, limit: 1 << 20}
+	for i := range uint32(small) {
+		s.free = append(s.free, extent{2*i + 1, 1})
+	}
+	s.free = append(s.free, extent{2*small + 1, large})
+	end := s.next
+	for range large/4 - 1 {
+		if _, err := s.take(4, 1); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if most := uint32(4 * (small/maxLook + 1)); s.next-end > most {
+		t.Errorf("%d that were never used are taken beside a free extent of %d, expected at most %d", s.next-end, large, most)
+	}
+}
+
 // What is taken and given back costs, where a million pieces are free.
 func BenchmarkSpace(b *testing.B) {
 	const pieces = 1 << 20
