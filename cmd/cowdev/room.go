@@ -39,10 +39,11 @@ func roomFor(path string, deviceSize int64, u usage) (room, error) {
 }
 
 // mark returns the lowest of roomMarks that the room has come down to, or 0
-// where there is enough: for all that the store may need, or for a while.
+// where there is enough: for all that the store may need, or for a while. A
+// filesystem that says it has no size at all does not tell (ramfs, and some of FUSE).
 func (r room) mark() int64 {
 	low := int64(0)
-	if r.Free < r.Need {
+	if r.Free < r.Need && r.Total > 0 {
 		for _, m := range roomMarks {
 			if r.Free*100 <= r.Total*m {
 				low = m

@@ -14,6 +14,7 @@ func TestRoomMark(t *testing.T) {
 		{10, 1000, 5000, 1},
 		{0, 1000, 1, 1},
 		{0, 1000, 0, 0},
+		{0, 0, 5000, 0}, // the filesystem does not tell
 	} {
 		if got := (room{test.free, test.total, test.need}).mark(); got != test.want {
 			t.Errorf("%d of %d free, %d needed: mark %d, expected %d", test.free, test.total, test.need, got, test.want)
