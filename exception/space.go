@@ -149,6 +149,33 @@ func (s *space) takeDrained(epoch uint64) []extent {
 	return joined(done)
 }
 
+// withPages returns x, which is in order, with what is free beside it in its
+// pages, each of per numbers: nobody takes that then either. The last slot of
+// a page that is given up takes the page with it.
+func (s *space) withPages(x []extent, per uint32) []extent {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	all := slices.Clone(x)
+	for _, e := range x {
+		before, after := (e.first-1)%per, (per-(e.end()-1)%per)%per
+		i, _ := slices.BinarySearchFunc(s.free, e, byFirst)
+		if i > 0 && s.free[i-1].end() == e.first {
+			n := min(before, s.free[i-1].n)
+			s.free[i-1].n -= n
+			all = append(all, extent{e.first - n, n})
+		}
+		i, ok := slices.BinarySearchFunc(s.free, extent{first: e.end()}, byFirst)
+		if ok {
+			n := min(after, s.free[i].n)
+			s.free[i] = extent{e.end() + n, s.free[i].n - n}
+			all = append(all, extent{e.end(), n})
+		}
+	}
+	empty := func(e extent) bool { return e.n == 0 }
+	s.free = slices.DeleteFunc(s.free, empty)
+	return joined(slices.DeleteFunc(all, empty))
+}
+
 // waiting reports whether something waits to become free.
 func (s *space) waiting() bool {
 	s.mu.Lock()

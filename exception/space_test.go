@@ -75,7 +75,11 @@ func TestSpace(t *testing.T) {
 				if x := s.takeDrained(1); x != nil {
 					t.Fatalf("seed %d: %v drained while a reader is there", seed, x)
 				}
-				s.add(s.takeDrained(2))
+				x := s.takeDrained(2)
+				if rng.IntN(2) == 0 {
+					x = withPagesWhole(t, &s, x)
+				}
+				s.add(x)
 				clear(dropped)
 			}
 			for i := 1; i < len(s.free); i++ {
@@ -85,6 +89,46 @@ func TestSpace(t *testing.T) {
 			}
 		}
 	}
+}
+
+// withPagesWhole returns what withPages does of pages of four, and holds it to
+// being all that is free in the pages of x and adjoins x, and no more.
+func withPagesWhole(t *testing.T, s *space, x []extent) []extent {
+	t.Helper()
+	isFree, isNew := make(map[uint32]bool), make(map[uint32]bool)
+	for _, e := range s.free {
+		for i := e.first; i < e.end(); i++ {
+			isFree[i] = true
+		}
+	}
+	for _, e := range x {
+		for i := e.first; i < e.end(); i++ {
+			isNew[i] = true
+		}
+	}
+	want := make(map[uint32]bool)
+	for n := range isNew {
+		want[n] = true
+		for i := n - 1; i > 0 && isFree[i] && (i-1)/4 == (n-1)/4; i-- {
+			want[i] = true
+		}
+		for i := n + 1; isFree[i] && (i-1)/4 == (n-1)/4; i++ {
+			want[i] = true
+		}
+	}
+	all := s.withPages(x, 4)
+	n := 0
+	for _, e := range all {
+		for i := e.first; i < e.end(); i++ {
+			if n++; !want[i] {
+				t.Fatalf("%d is taken with %v", i, x)
+			}
+		}
+	}
+	if n != len(want) {
+		t.Fatalf("%v is taken with %v, expected %d", all, x, len(want))
+	}
+	return all
 }
 
 // newBitmapWith returns a copy of b.

@@ -321,6 +321,9 @@ func (s *Store) prepare(c block.Chunk) error {
 func (s *Store) harvest() {
 	oldest := s.readers.oldest()
 	drained := s.slots.takeDrained(oldest)
+	if per := pageSize / s.geo.BlockSize(); per > 1 {
+		drained = s.slots.withPages(drained, uint32(per))
+	}
 	s.punchSlots(drained)
 	s.slots.add(drained)
 	s.rows.add(s.rows.takeDrained(oldest))
@@ -334,7 +337,8 @@ func (s *Store) punchSlots(slots []extent) {
 }
 
 // punchPages gives back pages of which no slot is taken, where slots are shorter:
-// one by one they could not be. Nobody takes any meanwhile.
+// what harvest could not, beside those that were never used. Nobody takes any
+// meanwhile.
 func (s *Store) punchPages() {
 	if s.geo.BlockSize() >= pageSize {
 		return
