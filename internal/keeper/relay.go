@@ -253,6 +253,7 @@ func (r *Relay) passReplies(back net.Conn) error {
 		}
 		q, err := r.lookUp(head)
 		if err != nil {
+			out.Flush() // what was answered before is not asked again
 			return err
 		}
 		data = data[:0]

@@ -1,0 +1,70 @@
+package keeper
+
+import (
+	"context"
+	"encoding/binary"
+	"io"
+	"net"
+	"testing"
+	"time"
+)
+
+// header is a request's head, by the kernel.
+func header(kind uint16, cookie, off uint64, n int) []byte {
+	head := make([]byte, requestSize)
+	binary.BigEndian.PutUint32(head, requestMagic)
+	binary.BigEndian.PutUint16(head[6:], kind)
+	binary.BigEndian.PutUint64(head[8:], cookie)
+	binary.BigEndian.PutUint64(head[16:], off)
+	binary.BigEndian.PutUint32(head[24:], uint32(n))
+	return head
+}
+
+// answerTo is the head of a reply without an error.
+func answerTo(cookie uint64) []byte {
+	head := make([]byte, replySize)
+	binary.BigEndian.PutUint32(head, replyMagic)
+	binary.BigEndian.PutUint64(head[8:], cookie)
+	return head
+}
+
+// oneServer is a server of one connection, and the end of it that answers.
+func oneServer() (*Server, net.Conn) {
+	ours, theirs := net.Pipe()
+	exited := make(chan struct{})
+	end := func() { theirs.Close() }
+	go func() { // it is gone when its connection is
+		defer close(exited)
+		for ours.SetDeadline(time.Time{}) == nil {
+			time.Sleep(time.Millisecond)
+		}
+	}()
+	return &Server{Conns: []net.Conn{ours}, Exited: exited, Stop: end, Kill: end}, theirs
+}
+
+// What a server answered before it talked nonsense is passed on.
+func TestAnswersBeforeNonsense(t *testing.T) {
+	front, kernelEnd := net.Pipe()
+	kernelEnd.SetDeadline(time.Now().Add(testLimit))
+	d := new(disk)
+	k := New(Config{
+		Launch:   func(context.Context) (*Server, error) { return d.launch(1, 0), nil },
+		Patience: testLimit,
+	}, []net.Conn{front})
+	first, theirs := oneServer()
+	ran := make(chan error, 1)
+	go func() { ran <- k.Run(context.Background(), first) }()
+	kernelEnd.Write(header(cmdWrite, 1, 0, 0))
+	if _, err := io.ReadFull(theirs, make([]byte, requestSize)); err != nil {
+		t.Fatal(err)
+	}
+	go theirs.Write(append(answerTo(1), "sixteen or more bytes of nonsense"...))
+	kernelEnd.SetReadDeadline(time.Now().Add(5 * time.Second))
+	if _, err := io.ReadFull(kernelEnd, make([]byte, replySize)); err != nil {
+		t.Errorf("the answer: %v", err)
+	}
+	(&kernel{c: kernelEnd}).bye()
+	if err := <-ran; err != nil {
+		t.Errorf("keeper: %v", err)
+	}
+}
