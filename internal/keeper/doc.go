@@ -19,6 +19,9 @@
 //     the simple reply, which is all that the kernel speaks over sockets that
 //     it was given by netlink.
 //  3. A Relay holds at most heldLimit bytes of requests, and one request more.
-//  4. The keeper does nothing else: it opens no image and no store, so that
+//  4. What came by a front that the kernel gave up is sent to no other server:
+//     the kernel sends it again itself, and may have overwritten since what a
+//     late WRITE would bring back.
+//  5. The keeper does nothing else: it opens no image and no store, so that
 //     there is little in it to go wrong or to be upgraded.
 package keeper

@@ -166,14 +166,15 @@ func (r *Relay) pass(q *request) error {
 }
 
 // write gives q to the back, if any. Its errors are left to the reader of the
-// back. sendMu is held.
+// back. What came by a front that the kernel gave up is not given (4). sendMu
+// is held.
 func (r *Relay) write(q *request) {
 	if r.back == nil || r.paused {
 		return
 	}
 	if q.kind() != cmdDisc {
 		r.mu.Lock()
-		if r.held[q.cookie()] != q || q.sent {
+		if r.ended && !r.goodbye || r.held[q.cookie()] != q || q.sent {
 			r.mu.Unlock()
 			return
 		}

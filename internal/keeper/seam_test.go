@@ -3,6 +3,7 @@ package keeper
 import (
 	"context"
 	"encoding/binary"
+	"errors"
 	"io"
 	"net"
 	"testing"
@@ -67,4 +68,26 @@ func TestAnswersBeforeNonsense(t *testing.T) {
 	if err := <-ran; err != nil {
 		t.Errorf("keeper: %v", err)
 	}
+}
+
+// What came by a connection that the kernel gave up is not done by a server
+// that comes later: the kernel has sent it again by another, and what it wrote
+// after that would be undone.
+func TestGivenUpIsForgotten(t *testing.T) {
+	front, kernelEnd := net.Pipe()
+	r := NewRelay(front)
+	ran := make(chan error, 1)
+	go func() { ran <- r.Run() }()
+	kernelEnd.Write(append(header(cmdWrite, 1, 0, 1), 'x'))
+	kernelEnd.Close()
+	if err := <-ran; !errors.Is(err, errFront) {
+		t.Errorf("%v, expected errFront", err)
+	}
+	back, server := net.Pipe()
+	go r.Serve(back)
+	server.SetReadDeadline(time.Now().Add(50 * time.Millisecond))
+	if n, err := server.Read(make([]byte, requestSize)); n > 0 {
+		t.Errorf("the server was sent %d bytes (%v), expected none", n, err)
+	}
+	server.Close()
 }
