@@ -60,6 +60,7 @@ type Relay struct {
 	sent    int // of held, those the back was given
 	goodbye bool
 	ended   bool
+	closed  bool
 }
 
 // NewRelay returns a relay of front, which it owns from now on. Run must be
@@ -86,7 +87,13 @@ func (r *Relay) Run() error {
 }
 
 // Close ends the relay: Run and Serve return.
-func (r *Relay) Close() error { return r.front.Close() }
+func (r *Relay) Close() error {
+	r.mu.Lock()
+	r.closed = true
+	r.changed.Broadcast()
+	r.mu.Unlock()
+	return r.front.Close()
+}
 
 func (r *Relay) takeRequests() error {
 	in := bufio.NewReaderSize(r.front, 128<<10)
@@ -131,6 +138,10 @@ func (r *Relay) takeData(in *bufio.Reader, q *request) error {
 		r.mu.Unlock()
 		r.flush()
 		r.mu.Lock()
+		if r.closed {
+			r.mu.Unlock()
+			return net.ErrClosed
+		}
 		if r.bytes > heldLimit {
 			r.changed.Wait()
 		}

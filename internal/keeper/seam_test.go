@@ -91,3 +91,41 @@ func TestGivenUpIsForgotten(t *testing.T) {
 	}
 	server.Close()
 }
+
+// A keeper that holds as much as it may gives up all the same.
+func TestGivesUpFull(t *testing.T) {
+	front, kernelEnd := net.Pipe()
+	k := New(Config{
+		Launch:   func(context.Context) (*Server, error) { return nil, errors.New("no such thing") },
+		Patience: 50 * time.Millisecond,
+	}, []net.Conn{front})
+	relay := k.relays[0]
+	first, theirs := oneServer()
+	ran := make(chan error, 1)
+	go func() { ran <- k.Run(context.Background(), first) }()
+	const size = 1 << 20
+	sent := make(chan struct{})
+	go func() {
+		defer close(sent)
+		for cookie := range uint64(heldLimit/size + 2) {
+			kernelEnd.Write(header(cmdWrite, cookie, 0, size))
+			kernelEnd.Write(make([]byte, size))
+		}
+	}()
+	go io.Copy(io.Discard, theirs)
+	for full := false; !full; time.Sleep(time.Millisecond) {
+		relay.mu.Lock()
+		full = relay.bytes > heldLimit
+		relay.mu.Unlock()
+	}
+	theirs.Close()
+	select {
+	case err := <-ran:
+		if !errors.Is(err, ErrGaveUp) {
+			t.Errorf("%v, expected ErrGaveUp", err)
+		}
+	case <-time.After(5 * time.Second):
+		t.Fatal("the keeper still runs")
+	}
+	<-sent
+}
