@@ -5,7 +5,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"path/filepath"
+	"strconv"
 	"syscall"
 	"time"
 
@@ -48,7 +50,26 @@ func MountFuse(dev block.Device, dir string) (*FuseFile, error) {
 	if err != nil {
 		return nil, fmt.Errorf("mount a FUSE filesystem at %s: %w", dir, err)
 	}
+	keepFuse()
 	return &FuseFile{dir: dir, server: server}, nil
+}
+
+// fuseDevice is what /dev/fuse is.
+var fuseDevice = unix.Mkdev(10, 229)
+
+// keepFuse keeps the connections of this process's FUSE filesystems from the
+// programs that it starts, which the library does not do for what it mounts
+// itself. A connection ends with the last who has it: where that is a program
+// that waits for the device, and this process is killed, both wait for ever.
+func keepFuse() {
+	names, _ := os.ReadDir("/proc/self/fd")
+	for _, name := range names {
+		var st unix.Stat_t
+		fd, err := strconv.Atoi(name.Name())
+		if err == nil && unix.Fstat(fd, &st) == nil && st.Mode&unix.S_IFMT == unix.S_IFCHR && uint64(st.Rdev) == fuseDevice {
+			unix.CloseOnExec(fd)
+		}
+	}
 }
 
 // Path returns the name of the file.

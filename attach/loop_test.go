@@ -300,3 +300,19 @@ func TestLoopOfAnother(t *testing.T) {
 		t.Error("the device is still there")
 	}
 }
+
+// A program that is started beside a FUSE filesystem does not get its
+// connection: it would keep it from ending with the process that answers.
+func TestFuseIsNotInherited(t *testing.T) {
+	needDevices(t)
+	dir := t.TempDir()
+	file, err := MountFuse(&memory{bytes: make([]byte, 1<<20)}, dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer file.Close()
+	out, err := exec.Command("ls", "-l", "/proc/self/fd").CombinedOutput()
+	if err != nil || bytes.Contains(out, []byte("fuse")) {
+		t.Errorf("%v: a program has open:\n%s", err, out)
+	}
+}

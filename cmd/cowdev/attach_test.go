@@ -54,6 +54,12 @@ func expectGone(t *testing.T, s *attach.State) {
 	}
 }
 
+// aboutToGo reports whether the device of s ends once nobody has it open.
+func aboutToGo(s *attach.State) bool {
+	b, _ := os.ReadFile("/sys/block/" + filepath.Base(s.Device) + "/loop/autoclear")
+	return string(b) == "1\n"
+}
+
 // A device's process that is signalled again and again, as by several detach at
 // once, ends in order all the same.
 func TestLoopSignalledAgain(t *testing.T) {
@@ -78,15 +84,18 @@ func TestLoopSignalledAgain(t *testing.T) {
 // device goes, and so does the device: nobody waits for what only it would answer.
 func TestLoopKilledWhileDirty(t *testing.T) {
 	needMounts(t)
-	for _, ending := range []bool{false, true} {
+	for _, ending := range []string{"", "asked", "waiting"} {
 		dir := newBase(t)
 		s := attached(t, dir)
 		device, err := os.OpenFile(s.Device, os.O_WRONLY, 0)
 		must(t, err)
 		_, err = device.WriteAt(bytes.Repeat([]byte("cows"), 3<<20), 0)
 		must(t, err)
-		if ending { // who closes it last writes
+		if ending != "" { // who closes it last writes
 			must(t, syscall.Kill(s.PID, syscall.SIGTERM))
+		}
+		if ending == "waiting" { // for us, by a process that outlives the killed one
+			within(t, "the device is about to go", func() bool { return aboutToGo(s) })
 		}
 		must(t, errors.Join(syscall.Kill(s.PID, syscall.SIGKILL), device.Close()))
 		within(t, "the process is gone", func() bool { return !fileExists("/proc/" + strconv.Itoa(s.PID)) })
@@ -107,10 +116,7 @@ func TestDetachWaitsForOpen(t *testing.T) {
 	must(t, err)
 	detach := program(t, dir, "detach", "cow.img")
 	must(t, detach.Start())
-	within(t, "the device is about to go", func() bool {
-		b, _ := os.ReadFile("/sys/block/" + filepath.Base(s.Device) + "/loop/autoclear")
-		return string(b) == "1\n"
-	})
+	within(t, "the device is about to go", func() bool { return aboutToGo(s) })
 	_, err = device.WriteAt([]byte("cows"), 4096)
 	must(t, errors.Join(err, device.Close()))
 	must(t, detach.Wait())
