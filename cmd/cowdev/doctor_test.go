@@ -234,6 +234,10 @@ func TestDoctorMendsDeadDevice(t *testing.T) {
 
 	must(t, syscall.Kill(s.PID, syscall.SIGKILL))
 	within(t, "the device's process is gone", func() bool { return !s.Alive() })
+	within(t, "its filesystem is dead, not dying", func() bool {
+		_, err := os.Stat(filepath.Join(s.FuseDir, "x"))
+		return errors.Is(err, syscall.ENOTCONN)
+	})
 	expectMended(t, dir, []finding{{Object: s.Device, Problem: "which served it, is gone"}})
 	if ours() {
 		t.Errorf("%s is still there", s.Device)
