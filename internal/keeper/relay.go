@@ -8,8 +8,13 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"slices"
 	"sync"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // The transmission phase, with the names of the specification.
@@ -28,6 +33,9 @@ const (
 	heldLimit  = 64 << 20 // bytes of WRITE data held before the front is read no further
 	pooledSize = 128 << 10
 )
+
+// lookEvery is how often a relay that waits for its back looks at its front.
+const lookEvery = 250 * time.Millisecond
 
 // errFront says that the kernel's end is gone or nonsense: no server mends it.
 var errFront = errors.New("kernel's connection")
@@ -230,11 +238,52 @@ func (r *Relay) Serve(back net.Conn) error {
 	return err
 }
 
+// A watchful writer writes to a back for as long as the front is there: of one
+// that the kernel gave up nothing more is read, and its end not seen, while its
+// relay waits for a server that reads no more.
+type watchful struct {
+	back, front net.Conn
+}
+
+func (w *watchful) Write(b []byte) (n int, err error) {
+	for {
+		if err := w.back.SetWriteDeadline(time.Now().Add(lookEvery)); err != nil {
+			return n, err
+		}
+		m, err := w.back.Write(b[n:])
+		n += m
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return n, err
+		}
+		if hungUp(w.front) {
+			return n, errFront
+		}
+	}
+}
+
+// hungUp reports whether the other end of a socket is gone.
+func hungUp(c net.Conn) (gone bool) {
+	s, ok := c.(syscall.Conn)
+	if !ok {
+		return false
+	}
+	raw, err := s.SyscallConn()
+	if err != nil {
+		return true
+	}
+	err = raw.Control(func(fd uintptr) {
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		_, _ = unix.Poll(p, 0)
+		gone = p[0].Revents != 0
+	})
+	return gone || err != nil
+}
+
 // open sends what is held to back, oldest first, and lets the rest follow.
 func (r *Relay) open(back net.Conn) {
 	r.sendMu.Lock()
 	defer r.sendMu.Unlock()
-	r.back = bufio.NewWriterSize(back, 128<<10)
+	r.back = bufio.NewWriterSize(&watchful{back, r.front}, 128<<10)
 	r.mu.Lock()
 	waiting := make([]*request, 0, len(r.held))
 	for _, q := range r.held {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"sync"
 	"testing"
 	"time"
 )
@@ -128,4 +129,39 @@ func TestGivesUpFull(t *testing.T) {
 		t.Fatal("the keeper still runs")
 	}
 	<-sent
+}
+
+// A connection that the kernel gave up is replaced also while the server that
+// hangs has been given as much as its socket takes; the server is killed.
+func TestGivenUpWhileFull(t *testing.T) {
+	front, kernelEnd := unixPair()
+	second, kernelAgain := unixPair()
+	back, theirs := unixPair()
+	kernelAgain.SetDeadline(time.Now().Add(10 * time.Second))
+	d := new(disk)
+	k := New(Config{
+		Launch:    func(context.Context) (*Server, error) { return d.launch(1, 0), nil },
+		Reconnect: func(int) (net.Conn, error) { return second, nil },
+		Patience:  testLimit, StopLimit: 10 * time.Millisecond,
+	}, []net.Conn{front})
+	exited := make(chan struct{})
+	kill := sync.OnceFunc(func() { theirs.Close(); close(exited) })
+	hangs := &Server{Conns: []net.Conn{back}, Exited: exited, Stop: func() {}, Kill: kill}
+	ran := make(chan error, 1)
+	go func() { ran <- k.Run(context.Background(), hangs) }()
+	kernelEnd.SetWriteDeadline(time.Now().Add(time.Second)) // by then all buffers are full
+	for cookie := uint64(1); ; cookie++ {
+		if _, err := kernelEnd.Write(append(header(cmdWrite, cookie, 0, 64<<10), make([]byte, 64<<10)...)); err != nil {
+			break
+		}
+	}
+	kernelEnd.Close()
+	kernelAgain.Write(header(cmdRead, 1, 0, 1))
+	if _, err := io.ReadFull(kernelAgain, make([]byte, replySize+1)); err != nil {
+		t.Fatal(err)
+	}
+	(&kernel{c: kernelAgain}).bye()
+	if err := <-ran; err != nil {
+		t.Errorf("keeper: %v", err)
+	}
 }
