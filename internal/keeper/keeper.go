@@ -23,7 +23,8 @@ type Server struct {
 
 // A Config says whom a keeper serves, and how it comes by servers.
 type Config struct {
-	// Launch starts a server. Its error is reported and it is tried again.
+	// Launch starts a server. Its error is reported and it is tried again. ctx
+	// ends when the keeper gives up, or the kernel has use for none.
 	Launch func(ctx context.Context) (*Server, error)
 	// Reconnect is asked for a new front when the kernel gave one up without
 	// a goodbye. Nil, or an error, ends the keeper.
@@ -284,7 +285,7 @@ var errGoodbye = errors.New("the kernel said goodbye")
 func (k *Keeper) relaunch(ctx context.Context) (*Server, error) {
 	giveUp := time.Now().Add(k.cfg.Patience)
 	for pause := 10 * time.Millisecond; ; pause = min(2*pause, time.Second) {
-		server, err := k.cfg.Launch(ctx)
+		server, err := k.launch(ctx, giveUp)
 		if err == nil {
 			return server, nil
 		}
@@ -301,6 +302,24 @@ func (k *Keeper) relaunch(ctx context.Context) (*Server, error) {
 		case <-time.After(pause):
 		}
 	}
+}
+
+// launch starts a server, which has until giveUp or the kernel's goodbye.
+func (k *Keeper) launch(ctx context.Context, giveUp time.Time) (*Server, error) {
+	ctx, cancel := context.WithDeadline(ctx, giveUp)
+	var watch sync.WaitGroup
+	defer watch.Wait()
+	defer cancel()
+	watch.Go(func() {
+		for ctx.Err() == nil && !k.goodbyeSaid() {
+			select {
+			case <-ctx.Done():
+			case <-time.After(lookEvery):
+			}
+		}
+		cancel()
+	})
+	return k.cfg.Launch(ctx)
 }
 
 // goodbyeSaid reports whether the kernel is done with every front.

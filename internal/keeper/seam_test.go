@@ -165,3 +165,33 @@ func TestGivenUpWhileFull(t *testing.T) {
 		t.Errorf("keeper: %v", err)
 	}
 }
+
+// A server that neither comes up nor fails is waited for until the patience ends
+// or the kernel says goodbye.
+func TestLaunchHangs(t *testing.T) {
+	for patience, want := range map[time.Duration]error{50 * time.Millisecond: ErrGaveUp, testLimit: nil} {
+		front, kernelEnd := net.Pipe()
+		k := New(Config{
+			Launch: func(ctx context.Context) (*Server, error) {
+				<-ctx.Done()
+				return nil, ctx.Err()
+			},
+			Patience: patience,
+		}, []net.Conn{front})
+		first, theirs := oneServer()
+		theirs.Close()
+		ran := make(chan error, 1)
+		go func() { ran <- k.Run(context.Background(), first) }()
+		if want == nil {
+			(&kernel{c: kernelEnd}).bye()
+		}
+		select {
+		case err := <-ran:
+			if !errors.Is(err, want) {
+				t.Errorf("%v, expected %v", err, want)
+			}
+		case <-time.After(5 * time.Second):
+			t.Errorf("patience %v: the keeper still runs", patience)
+		}
+	}
+}
