@@ -15,6 +15,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -256,4 +257,29 @@ func TestLauncherWantsItsStore(t *testing.T) {
 			}
 		})
 	}
+}
+
+// Where a program lies under cowdev's name that neither serves nor fails, the
+// one of before serves while there is time.
+func TestLauncherLeavesProgramThatHangs(t *testing.T) {
+	dir := newBase(t)
+	app := newApp(io.Discard, &messages{})
+	var ac attachConfig
+	ac.nbd.Connections = 1
+	ac.serve.base, ac.serve.cow = filepath.Join(dir, "base.img"), filepath.Join(dir, "cow.img")
+	l := newLauncher(cli.NewContext(app, nil, nil), &ac)
+	l.setDevice("/dev/nbd-of-a-test")
+	first, _, err := l.begin(context.Background())
+	must(t, err)
+	first.Stop()
+	<-first.Exited
+	l.exe = filepath.Join(dir, "hangs")
+	must(t, os.WriteFile(l.exe, []byte("#!/bin/sh\nexec sleep 100\n"), 0o700))
+	ctx, cancel := context.WithTimeout(context.Background(), 6*time.Second)
+	defer cancel()
+	second, err := l.launch(ctx)
+	must(t, err)
+	second.Stop()
+	<-second.Exited
+	must(t, l.closed())
 }

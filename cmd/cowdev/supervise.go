@@ -12,6 +12,7 @@ import (
 	"os/signal"
 	"sync"
 	"syscall"
+	"time"
 
 	"github.com/urfave/cli/v2"
 
@@ -201,7 +202,12 @@ func (l *launcher) succeed(ctx context.Context, exe string) (*keeper.Server, tol
 // launch is begin for servers after the first. Where the program of today does
 // not come up, the one that this process was started from is tried.
 func (l *launcher) launch(ctx context.Context) (*keeper.Server, error) {
-	server, t, err := l.succeed(ctx, l.exe)
+	half, cancel := ctx, func() {}
+	if end, ok := ctx.Deadline(); ok { // one that hangs leaves time for the other
+		half, cancel = context.WithTimeout(ctx, time.Until(end)/2)
+	}
+	server, t, err := l.succeed(half, l.exe)
+	cancel()
 	if err != nil {
 		var again error
 		if server, t, again = l.succeed(ctx, selfExe); again != nil {
