@@ -67,10 +67,13 @@ func (m Shared) Directory() string {
 // Files returns the files of this boot that hold live tables of the one who
 // runs, or for root of anybody, each with the UUID of its store.
 func (m Shared) Files() map[string]string {
-	user := strconv.Itoa(os.Geteuid())
 	if os.Geteuid() == 0 {
-		user = "*"
+		return m.filesOf("*")
 	}
+	return m.filesOf(strconv.Itoa(os.Geteuid()))
+}
+
+func (m Shared) filesOf(user string) map[string]string {
 	names, _ := filepath.Glob(m.prefix(user) + "*")
 	files := make(map[string]string, len(names))
 	for _, name := range names {
@@ -82,13 +85,16 @@ func (m Shared) Files() map[string]string {
 
 // Elsewhere returns the file that holds what session epoch of store u had in
 // memory, if that is not the file at Path: the store was copied or moved, or
-// given to another user, after its server died. It is empty where there is none.
+// another user goes on with it, after its server died. It is empty where there
+// is none. Of another user's file, which cannot be read, the name has to do.
 func (m Shared) Elsewhere(u UUID, epoch uint64) string {
-	for name, of := range m.Files() {
+	for name, of := range m.filesOf("*") {
 		if of != u.String() || name == m.Path(u) {
 			continue
 		}
-		if h, err := headOf(name); err == nil && h[headMagic] == areaMagic && h[headValid] == stateValid && h[headEpoch] == epoch {
+		h, err := headOf(name)
+		if errors.Is(err, os.ErrPermission) && strings.HasSuffix(name, "-"+m.File) ||
+			err == nil && h[headMagic] == areaMagic && h[headValid] == stateValid && h[headEpoch] == epoch {
 			return name
 		}
 	}
