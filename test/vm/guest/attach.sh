@@ -3,6 +3,7 @@
 
 # serve_it BASE COW: a server on $W/s.sock, its process in $server.
 serve_it() {
+	: > $W/serve.log # what an earlier one has said is not waited for
 	$C serve --socket $W/s.sock "$1" "$2" > $W/serve.log 2>&1 &
 	server=$!
 	wait_for 30 grep -q ready $W/serve.log
