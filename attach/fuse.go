@@ -73,7 +73,10 @@ func keepFuse() {
 }
 
 // Path returns the name of the file.
-func (f *FuseFile) Path() string { return filepath.Join(f.dir, fuseFileName) }
+func (f *FuseFile) Path() string { return FusePath(f.dir) }
+
+// FusePath returns the name of the file of a FuseFile at dir.
+func FusePath(dir string) string { return filepath.Join(dir, fuseFileName) }
 
 // Close unmounts the filesystem; it fails while the file is in use.
 func (f *FuseFile) Close() error {

@@ -15,6 +15,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/cowdev/cowdev/internal/disk"
 )
 
 // Drivers of a State.
@@ -54,6 +56,9 @@ func (s *State) Alive() bool {
 	return born != 0 && (s.Born == 0 || s.Born == born)
 }
 
+// SameHolder reports whether s and t tell of devices that one process holds.
+func (s *State) SameHolder(t *State) bool { return s.PID == t.PID && s.Born == t.Born }
+
 // Born returns when process pid began, in ticks since the boot, and 0 where
 // there is none or it is a zombie. A number is given to another process some
 // day, and in another container at once; with this the two are told apart.
@@ -84,13 +89,10 @@ func (s *State) Gone() bool {
 		owner := OwnerNBD(index)
 		return err != nil || owner == "" || s.Owner != "" && s.Owner != owner
 	case DriverLoop:
-		return LoopBack(s.Device) != clip(s.FusePath())
+		return LoopBack(s.Device) != clip(FusePath(s.FuseDir))
 	}
 	return false
 }
-
-// FusePath returns the file behind a loop device.
-func (s *State) FusePath() string { return filepath.Join(s.FuseDir, fuseFileName) }
 
 // DefaultStates is where states are kept: it is empty after a boot, as the
 // devices are gone.
@@ -170,7 +172,7 @@ func (d States) Remove(s *State) error {
 	}
 	defer unlock()
 	now, err := read(d.path(s.Device))
-	if err != nil || now.PID != s.PID || now.Born != s.Born {
+	if err != nil || !now.SameHolder(s) {
 		return ifThere(err)
 	}
 	return ifThere(os.Remove(d.path(s.Device)))
@@ -225,7 +227,7 @@ func (d States) Find(what string) (*State, error) {
 	}
 	var found *State
 	for _, s := range states {
-		if s.Device != path && s.COW != path && !slices.Contains(s.Mounts, path) && !sameFile(s.COW, path) {
+		if s.Device != path && s.COW != path && !slices.Contains(s.Mounts, path) && !disk.SameFile(s.COW, path) {
 			continue
 		}
 		if s.Alive() {
@@ -260,15 +262,6 @@ func (d States) Mounted(dir string) (*State, error) {
 		return nil, fmt.Errorf("%s: %s is mounted there, %w by cowdev mount", dir, top, ErrNotAttached)
 	}
 	return nil, fmt.Errorf("%s: %w by cowdev mount", dir, ErrNotAttached)
-}
-
-func sameFile(a, b string) bool {
-	x, err := os.Stat(a)
-	if err != nil {
-		return false
-	}
-	y, err := os.Stat(b)
-	return err == nil && os.SameFile(x, y)
 }
 
 func writeProc(name, value string) error { return os.WriteFile(name, []byte(value), 0) }

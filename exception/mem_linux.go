@@ -120,14 +120,14 @@ func headOf(path string) ([headUUID]uint64, error) {
 }
 
 // bootID tells this boot from others, in a few characters.
-func bootID() string {
+var bootID = sync.OnceValue(func() string {
 	b, err := os.ReadFile("/proc/sys/kernel/random/boot_id")
 	if err != nil {
 		return "boot"
 	}
 	id, _, _ := strings.Cut(string(b), "-")
 	return id
-}
+})
 
 // Attach maps the file of store u, as an earlier process left it or new.
 func (m Shared) Attach(u UUID, n int64) (Area, error) {

@@ -11,30 +11,35 @@ import (
 	"sync/atomic"
 )
 
-// Certificates are what the server shows and asks for in TLS, from PEM files
-// that can be read again while it runs.
+// CertificateFiles are the paths of PEM files: the server's certificate, its key
+// and, unless any client may come, the authorities: every client has to show a
+// certificate that one of these has signed.
+type CertificateFiles struct {
+	Cert, Key, CA string
+	MayLackCA     bool // any client may come until there is a file CA
+}
+
+// CertificatesIn returns the files of dir, by the names that nbd-client, nbdkit
+// and qemu share: server-cert.pem, server-key.pem and perhaps ca-cert.pem.
+func CertificatesIn(dir string) CertificateFiles {
+	return CertificateFiles{
+		Cert:      filepath.Join(dir, "server-cert.pem"),
+		Key:       filepath.Join(dir, "server-key.pem"),
+		CA:        filepath.Join(dir, "ca-cert.pem"),
+		MayLackCA: true,
+	}
+}
+
+// Certificates are what the server shows and asks for in TLS, from files that
+// can be read again while it runs.
 type Certificates struct {
-	certFile, keyFile, caFile string
-	mayLack                   bool // caFile, until it has been there
-	config                    atomic.Pointer[tls.Config]
+	files  CertificateFiles // CA may be lacking until it has been there
+	config atomic.Pointer[tls.Config]
 }
 
-// LoadCertificates reads the server's certificate and its key. With caFile
-// every client has to show a certificate that one of those in it has signed;
-// without, any client may come.
-func LoadCertificates(certFile, keyFile, caFile string) (*Certificates, error) {
-	return (&Certificates{certFile: certFile, keyFile: keyFile, caFile: caFile}).loaded()
-}
-
-// LoadCertificatesIn is LoadCertificates of server-cert.pem, server-key.pem and
-// ca-cert.pem in dir: the names that nbd-client, nbdkit and qemu share. Where
-// there is no ca-cert.pem any client may come, until Reload finds one.
-func LoadCertificatesIn(dir string) (*Certificates, error) {
-	in := func(name string) string { return filepath.Join(dir, name) }
-	return (&Certificates{certFile: in("server-cert.pem"), keyFile: in("server-key.pem"), caFile: in("ca-cert.pem"), mayLack: true}).loaded()
-}
-
-func (c *Certificates) loaded() (*Certificates, error) {
+// Load reads the files.
+func (f CertificateFiles) Load() (*Certificates, error) {
+	c := &Certificates{files: f}
 	if err := c.Reload(); err != nil {
 		return nil, err
 	}
@@ -45,9 +50,9 @@ func (c *Certificates) loaded() (*Certificates, error) {
 // what they hold; after an error, what was there before stays in use. One
 // goroutine at a time may call it.
 func (c *Certificates) Reload() error {
-	cert, err := tls.LoadX509KeyPair(c.certFile, c.keyFile)
+	cert, err := tls.LoadX509KeyPair(c.files.Cert, c.files.Key)
 	if err != nil {
-		return fmt.Errorf("TLS certificate %s with key %s: %w", c.certFile, c.keyFile, err)
+		return fmt.Errorf("TLS certificate %s with key %s: %w", c.files.Cert, c.files.Key, err)
 	}
 	config := &tls.Config{
 		Certificates: []tls.Certificate{cert},
@@ -58,7 +63,7 @@ func (c *Certificates) Reload() error {
 		return err
 	}
 	if authorities != nil {
-		c.mayLack = false // a client that had to show a certificate always has to
+		c.files.MayLackCA = false // a client that had to show a certificate always has to
 		// With the authorities' names in the request, as ClientCAs has them, GnuTLS
 		// 3.7 finds that no RSA certificate will do for TLS 1.3, and shows none.
 		config.ClientAuth = tls.RequireAnyClientCert
@@ -70,11 +75,11 @@ func (c *Certificates) Reload() error {
 
 // authorities returns who signs clients' certificates, or nil if clients need none.
 func (c *Certificates) authorities() (*x509.CertPool, error) {
-	if c.caFile == "" {
+	if c.files.CA == "" {
 		return nil, nil
 	}
-	pem, err := os.ReadFile(c.caFile)
-	if c.mayLack && errors.Is(err, fs.ErrNotExist) {
+	pem, err := os.ReadFile(c.files.CA)
+	if c.files.MayLackCA && errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}
 	if err != nil {
@@ -82,7 +87,7 @@ func (c *Certificates) authorities() (*x509.CertPool, error) {
 	}
 	pool := x509.NewCertPool()
 	if !pool.AppendCertsFromPEM(pem) {
-		return nil, fmt.Errorf("TLS authority %s: no certificate in it, expected PEM", c.caFile)
+		return nil, fmt.Errorf("TLS authority %s: no certificate in it, expected PEM", c.files.CA)
 	}
 	return pool, nil
 }

@@ -134,19 +134,14 @@ func (c *conn) write(r *request) error {
 	case long:
 		return c.writePieces(r)
 	}
+	if c.parks {
+		return c.writeTogether([]request{*r}, []block.Write{{Data: c.in.take(int(r.n)), Off: r.off}})
+	}
 	if err := c.enter(); err != nil {
 		return err
 	}
-	payload := c.in.take(int(r.n))
-	if !c.parks {
-		_, err := c.export.Device.WriteAt(payload, r.off)
-		return c.changed(r, err)
-	}
-	w := []block.Write{{Data: payload, Off: r.off}}
-	if c.batched.WriteBatch(w); w[0].Err == block.ErrAlone {
-		return c.startWrite(r, payload)
-	}
-	return c.changed(r, w[0].Err)
+	_, err := c.export.Device.WriteAt(c.in.take(int(r.n)), r.off)
+	return c.changed(r, err)
 }
 
 // writeLater gives a WRITE with a copy of its payload to a worker.

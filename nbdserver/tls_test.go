@@ -32,7 +32,7 @@ func clientTLS(t *testing.T, a *nbdclient.Authority, until time.Time) *tls.Confi
 func serveTLS(t *testing.T, mode nbdserver.TLSMode, dev block.Device) (*rig, *nbdclient.Authority, *nbdserver.Certificates, string) {
 	a, dir := newAuthority(t), t.TempDir()
 	check(t, a.WriteServer(dir, "server"))
-	certs, err := nbdserver.LoadCertificatesIn(dir)
+	certs, err := nbdserver.CertificatesIn(dir).Load()
 	check(t, err)
 	r := serve(t, nbdserver.Config{Exports: []nbdserver.Export{{Device: dev}}, TLS: mode, TLSConfig: certs.Config})
 	return r, a, certs, dir
@@ -242,11 +242,12 @@ func TestCertificatesAuthority(t *testing.T) {
 	check(t, a.WriteServer(dir, "server"))
 	ca := filepath.Join(dir, "ca-cert.pem")
 	check(t, os.Remove(ca))
-	in := func(name string) string { return filepath.Join(dir, name) }
-	if _, err := nbdserver.LoadCertificates(in("server-cert.pem"), in("server-key.pem"), ca); err == nil {
+	named := nbdserver.CertificatesIn(dir)
+	named.MayLackCA = false
+	if _, err := named.Load(); err == nil {
 		t.Error("an authority that is not there was accepted by name")
 	}
-	certs, err := nbdserver.LoadCertificatesIn(dir)
+	certs, err := nbdserver.CertificatesIn(dir).Load()
 	check(t, err)
 	r := serve(t, nbdserver.Config{
 		Exports: []nbdserver.Export{{Device: newMemDevice(testSize)}}, TLS: nbdserver.TLSRequire, TLSConfig: certs.Config})

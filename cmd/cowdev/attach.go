@@ -199,15 +199,13 @@ func (ac *attachConfig) readState(c *cli.Context) error {
 	if s.Gone() {
 		return fmt.Errorf("%s: not connected any more; attach it anew: %w", s.Device, attach.ErrNotAttached)
 	}
-	ac.resume, ac.driver, ac.flags = s, s.Driver, s.Flags
+	ac.resume, ac.driver, ac.flags = s, s.Driver, laterFlags(s.Flags)
 	ac.nbd = attach.NBDConfig{
 		Index: index, Size: s.Size, BlockSize: s.BlockSize, Connections: s.Connections,
 		Timeout: s.Timeout, DeadTimeout: s.DeadTimeout, Identifier: s.UUID,
 	}
 	// The store is opened as it was then, and none is made in its place.
-	err = parseServe(c, s.Flags, s.Base, s.COW, &ac.serve)
-	ac.serve.view.existing = true
-	return err
+	return parseServe(c, ac.flags, s.Base, s.COW, &ac.serve)
 }
 
 // passedFlags returns the store's and the base's flags that were given, as

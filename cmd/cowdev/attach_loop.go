@@ -62,52 +62,44 @@ func attachLoop(c *cli.Context, ac attachConfig) (err error) {
 	if err := loop.Release(); err != nil {
 		return err
 	}
-	ended := false
-	defer func() {
-		if !ended {
-			err = errors.Join(err, endLoop(loop, dir, view.device.Release))
-		}
-	}()
 	ac.nbd.Size = view.device.Size()
 	told := ac.state(loop.Path(), attach.DriverLoop, view.store.Header().UUID.String())
 	told.FuseDir = dir
+	end := func() error { return endLoop(loop.Path(), file.Path(), view.device.Release) }
 	if err := announce(c, &ac, told); err != nil {
-		return err
+		return errors.Join(err, end())
 	}
 	s = told
-	err = holdLoop(c, loop, dir, signals, view.device.Release)
-	ended = true
-	return err
+	return holdLoop(c, loop.Path(), end, signals)
 }
 
 // fuseDirOf begins the name of the directory that a process mounts its FUSE
 // filesystem at; the rest is random.
 const fuseDirOf = "fuse-%d-"
 
-// holdLoop waits for a signal that finds the device unused, and has it ended
+// holdLoop waits for a signal that finds the device unused, and has end end it
 // then.
-func holdLoop(c *cli.Context, loop *attach.Loop, dir string, signals <-chan os.Signal, release func()) error {
+func holdLoop(c *cli.Context, device string, end func() error, signals <-chan os.Signal) error {
 	for sig := range signals {
 		if sig == syscall.SIGUSR2 {
-			warn(c, "%s: a loop device cannot be handed over", loop.Path())
+			warn(c, "%s: a loop device cannot be handed over", device)
 			continue
 		}
-		err := endLoop(loop, dir, release)
+		err := end()
 		if exitStatus(err) != exitLocked {
 			return err
 		}
-		warn(c, "%s is in use, and would not outlive this process: unmount it first", loop.Path())
+		warn(c, "%s is in use, and would not outlive this process: unmount it first", device)
 	}
 	return nil
 }
 
-// endLoop ends the device by another process, see attachLoop, or fails with
+// endLoop ends device, over file, by another process, see attachLoop, or fails with
 // exitLocked where it is in use. Once it is not it calls release: writes that
 // wait for room would wait for ever. Who has the device open without mounting it
 // is waited for: all that he writes would be lost.
-func endLoop(loop *attach.Loop, dir string, release func()) error {
-	s := attach.State{FuseDir: dir}
-	cmd := exec.Command(selfExe, "attach-end", "--", loop.Path(), s.FusePath())
+func endLoop(device, file string, release func()) error {
+	cmd := exec.Command(selfExe, "attach-end", "--", device, file)
 	cmd.Args[0] = "cowdev"
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true} // signals of a terminal are not for it
 	var said bytes.Buffer
@@ -125,7 +117,7 @@ func endLoop(loop *attach.Loop, dir string, release func()) error {
 	err = cmd.Wait()
 	var exit *exec.ExitError
 	if errors.As(err, &exit) {
-		err = statusError{fmt.Errorf("end %s: %w: %s", loop.Path(), err, bytes.TrimSpace(said.Bytes())), max(exit.ExitCode(), exitFailure)}
+		err = statusError{fmt.Errorf("end %s: %w: %s", device, err, bytes.TrimSpace(said.Bytes())), max(exit.ExitCode(), exitFailure)}
 	}
 	return err
 }
@@ -164,7 +156,7 @@ func forget(s *attach.State, err error) error {
 		return attach.DefaultStates.Remove(s)
 	}
 	return attach.DefaultStates.Update(s.Device, func(now *attach.State) {
-		if now.PID == s.PID && now.Born == s.Born {
+		if now.SameHolder(s) {
 			now.Failure = err.Error()
 		}
 	})

@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cowdev/cowdev/files"
+	"github.com/cowdev/cowdev/internal/disk"
 )
 
 func cpCommand() *cli.Command {
@@ -52,7 +53,7 @@ func cp(c *cli.Context) error {
 			if info, err := os.Stat(input); err == nil {
 				inputs = append(inputs, info)
 			}
-			if to := filepath.Join(dir, name); input != "" && sameFile(to, input) {
+			if to := filepath.Join(dir, name); input != "" && disk.SameFile(to, input) {
 				return usagef("cp: %s is %s itself; give another name", to, input)
 			}
 		}

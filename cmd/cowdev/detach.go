@@ -75,7 +75,7 @@ func detach(c *cli.Context, s *attach.State) error {
 	}
 	now, err := attach.DefaultStates.Find(s.Device)
 	switch {
-	case err != nil || now.PID != s.PID || now.Born != s.Born:
+	case err != nil || !now.SameHolder(s):
 		return nil
 	case now.Failure != "":
 		return fmt.Errorf("%s is detached; its store was not closed in order: %s", s.Device, now.Failure)
@@ -92,10 +92,9 @@ func detachOrphan(c *cli.Context, s *attach.State) error {
 		return err
 	}
 	var sc serveConfig
-	if err := parseServe(c, s.Flags, s.Base, s.COW, &sc); err != nil {
+	if err := parseServe(c, laterFlags(s.Flags), s.Base, s.COW, &sc); err != nil {
 		return err
 	}
-	sc.view.existing = true
 	v, err := openView(c.Context, c, sc.base, sc.cow, sc.view)
 	if err != nil {
 		return fmt.Errorf("%s is detached; its store was not closed in order: %w", s.Device, err)
@@ -113,7 +112,7 @@ func removeOrphan(s *attach.State) error {
 		err = disconnectByName(ctx, s)
 	case attach.DriverLoop:
 		if !s.Gone() {
-			err = attach.DetachLoop(ctx, s.Device, s.FusePath())
+			err = attach.DetachLoop(ctx, s.Device, attach.FusePath(s.FuseDir))
 		}
 		// The mount of a FUSE server that died answers ENOTCONN to all else.
 		if e := unix.Unmount(s.FuseDir, unix.MNT_DETACH); e != nil && !errors.Is(e, unix.EINVAL) && !errors.Is(e, unix.ENOENT) {

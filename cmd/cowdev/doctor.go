@@ -316,9 +316,9 @@ func (d *doctor) fuseLeftovers() {
 func detachLoopsOn(dir string) error {
 	ctx, cancel := limited()
 	defer cancel()
-	left := attach.State{FuseDir: dir}
-	for _, device := range attach.LoopsOn(left.FusePath()) {
-		if err := attach.DetachLoop(ctx, device, left.FusePath()); err != nil {
+	file := attach.FusePath(dir)
+	for _, device := range attach.LoopsOn(file) {
+		if err := attach.DetachLoop(ctx, device, file); err != nil {
 			return err
 		}
 	}

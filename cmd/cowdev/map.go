@@ -20,6 +20,7 @@ import (
 	"github.com/cowdev/cowdev/exception"
 	"github.com/cowdev/cowdev/files"
 	"github.com/cowdev/cowdev/image"
+	"github.com/cowdev/cowdev/internal/disk"
 )
 
 func mapCommand() *cli.Command {
@@ -47,7 +48,7 @@ func mapCommand() *cli.Command {
 				return usagef("map: --output %s: expected a name that ends in .svg or .png", output)
 			}
 			for _, input := range args {
-				if sameFile(output, input) {
+				if disk.SameFile(output, input) {
 					return usagef("map: --output %s is %s itself; give another name", output, input)
 				}
 			}

@@ -122,20 +122,10 @@ func (v *view) mapStore() *disk.Mapping {
 
 // checkPaths refuses a base and a store that are the same file.
 func checkPaths(basePath, cowPath string) error {
-	if sameFile(basePath, cowPath) {
+	if disk.SameFile(basePath, cowPath) {
 		return usagef("%s: BASE and COW are the same file, expected two", cowPath)
 	}
 	return nil
-}
-
-// sameFile reports whether a and b name one file that is there.
-func sameFile(a, b string) bool {
-	x, err := os.Stat(a)
-	if err != nil {
-		return false // opening it says it better
-	}
-	y, err := os.Stat(b)
-	return err == nil && os.SameFile(x, y)
 }
 
 // openStore opens the store at path, or makes it.

@@ -10,6 +10,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/cowdev/cowdev/exception"
+	"github.com/cowdev/cowdev/nbdserver"
 )
 
 // sandbox gives up every right that a server needs no more once its files and
@@ -28,7 +29,7 @@ func sandbox(c *cli.Context, sc serveConfig) error {
 	// For a block device's serial number, which is asked for once more when
 	// its digest is known.
 	rules := []landlock.Rule{landlock.RODirs("/sys/dev/block", "/sys/devices").IgnoreIfMissing()}
-	for dir := range sc.certs.directories() {
+	for dir := range directoriesOf(sc.certs) {
 		rules = append(rules, landlock.PathAccess(landlocksys.AccessFSReadFile, dir))
 	}
 	for dir := range sc.removesFrom() {
@@ -40,13 +41,13 @@ func sandbox(c *cli.Context, sc serveConfig) error {
 	return nil
 }
 
-// directories returns where certificates are found when SIGHUP has them read
+// directoriesOf returns where certificates are found when SIGHUP has them read
 // again. They may be other files then, renamed into the place of the first, or
 // what a link leads to that leads elsewhere now: Landlock knows a file by its
 // inode, so only the right to their directories lasts.
-func (f certificateFiles) directories() map[string]bool {
+func directoriesOf(f nbdserver.CertificateFiles) map[string]bool {
 	dirs := map[string]bool{}
-	for _, path := range []string{f.ca, f.cert, f.key} {
+	for _, path := range []string{f.CA, f.Cert, f.Key} {
 		if path == "" {
 			continue
 		}

@@ -8,7 +8,6 @@ import (
 	"net/netip"
 	"os"
 	"os/signal"
-	"path/filepath"
 	"runtime"
 	"strconv"
 	"strings"
@@ -101,33 +100,8 @@ type serveConfig struct {
 	view      viewOptions
 	listen    listenConfig
 	server    nbdserver.Config
-	certs     certificateFiles // empty without TLS
+	certs     nbdserver.CertificateFiles // empty without TLS
 	sandbox   bool
-}
-
-// certificateFiles are the paths of PEM files; the authority's may be empty. Where
-// they were given as those of a directory, there may be no such file.
-type certificateFiles struct{ ca, cert, key, dir string }
-
-// certificatesIn returns the files of dir, by the names that
-// nbdserver.LoadCertificatesIn knows.
-func certificatesIn(dir string) certificateFiles {
-	return certificateFiles{
-		ca:   filepath.Join(dir, "ca-cert.pem"),
-		cert: filepath.Join(dir, "server-cert.pem"),
-		key:  filepath.Join(dir, "server-key.pem"),
-		dir:  dir,
-	}
-}
-
-func (f certificateFiles) load() (*nbdserver.Certificates, error) {
-	switch {
-	case f.dir != "":
-		return nbdserver.LoadCertificatesIn(f.dir)
-	case f.cert != "":
-		return nbdserver.LoadCertificates(f.cert, f.key, f.ca)
-	}
-	return nil, nil
 }
 
 func serveConfigOf(c *cli.Context) (sc serveConfig, err error) {
@@ -202,14 +176,14 @@ func (sc *serveConfig) device(c *cli.Context) error {
 
 // tls reads whether and how connections are encrypted.
 func (sc *serveConfig) tls(c *cli.Context) error {
-	certs := certificateFiles{ca: c.String("tls-ca"), cert: c.String("tls-cert"), key: c.String("tls-key")}
+	certs := nbdserver.CertificateFiles{CA: c.String("tls-ca"), Cert: c.String("tls-cert"), Key: c.String("tls-key")}
 	if dir := c.String("tls-dir"); dir != "" {
-		if certs != (certificateFiles{}) {
+		if certs != (nbdserver.CertificateFiles{}) {
 			return usagef("--tls-dir goes with none of --tls-ca, --tls-cert and --tls-key")
 		}
-		certs = certificatesIn(dir)
+		certs = nbdserver.CertificatesIn(dir)
 	}
-	given := certs != (certificateFiles{})
+	given := certs != (nbdserver.CertificateFiles{})
 	switch mode := c.String("tls"); {
 	case mode == "off", mode == "" && !given:
 		return nil
@@ -220,7 +194,7 @@ func (sc *serveConfig) tls(c *cli.Context) error {
 	default:
 		return usagef("--tls: %q: expected off, allow or require", mode)
 	}
-	if certs.cert == "" || certs.key == "" {
+	if certs.Cert == "" || certs.Key == "" {
 		return usagef("--tls=%s needs --tls-dir, or --tls-cert and --tls-key", c.String("tls"))
 	}
 	sc.certs = certs
@@ -310,10 +284,12 @@ func serve(c *cli.Context, sc serveConfig) (err error) {
 	if os.Getenv("GOMAXPROCS") == "" {
 		runtime.GOMAXPROCS(runtime.GOMAXPROCS(0) + sparePlaces)
 	}
-	signal.Ignore(syscall.SIGPIPE) // a log that nobody reads must not end the server
-	certs, err := sc.certs.load()
-	if err != nil {
-		return err
+	signal.Ignore(syscall.SIGPIPE)    // a log that nobody reads must not end the server
+	var certs *nbdserver.Certificates // nil without TLS
+	if sc.certs.Cert != "" {
+		if certs, err = sc.certs.Load(); err != nil {
+			return err
+		}
 	}
 	stop := stopSignals(c, certs)
 	defer stop.end()

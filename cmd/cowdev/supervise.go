@@ -146,16 +146,12 @@ func newLauncher(c *cli.Context, ac *attachConfig) *launcher {
 		w := append([]string{"attach-server", fmt.Sprintf("--connections=%d", ac.nbd.Connections)}, flags...)
 		return append(w, "--", absolute(ac.serve.base), absolute(ac.serve.cow))
 	}
-	first := ac.flags
-	if ac.resume != nil {
-		first = laterFlags(first)
-	}
 	// A wrapper, so that the server is given a pipe and not this process's own
 	// descriptor: that may be one which somebody waits to see closed.
 	logs := struct{ io.Writer }{c.App.ErrWriter}
 	return &launcher{
 		exe: exe, conns: ac.nbd.Connections, logs: logs,
-		words: words(first), again: words(laterFlags(ac.flags)),
+		words: words(ac.flags), again: words(laterFlags(ac.flags)),
 	}
 }
 

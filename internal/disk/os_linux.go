@@ -112,6 +112,16 @@ func (o *OS) Publish() error {
 // Named reports whether a file of CreateOS has its name.
 func (o *OS) Named() bool { return !o.nameless }
 
+// SameFile reports whether a and b name one file that is there.
+func SameFile(a, b string) bool {
+	x, err := os.Stat(a)
+	if err != nil {
+		return false
+	}
+	y, err := os.Stat(b)
+	return err == nil && os.SameFile(x, y)
+}
+
 // checkWritable refuses a block device that is set read-only: it can be opened
 // for writing, and then fails every write.
 func (o *OS) checkWritable() error {
